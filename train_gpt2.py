@@ -5,9 +5,12 @@
 Paper: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 # ---- hyperparameters ---------------------------------------------------------------------------
@@ -24,13 +27,29 @@ class GPTConfig:
 
 # ---- model -------------------------------------------------------------------------------------
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention."""
+    """Multi-head attention; a position attends to itself and to the positions before it."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         assert config.n_embd % config.n_head == 0
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+        # 1 at the positions that a position may attend to; not a weight, so not in state_dict()
+        mask = torch.ones(config.block_size, config.block_size).tril()
+        self.register_buffer("bias", mask[None, None], persistent=False)  # (1, 1, T, T)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        att = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))  # (B, nh, T, T)
+        att = att.masked_fill(self.bias[:, :, :T, :T] == 0, -math.inf)
+        y = F.softmax(att, dim=-1) @ v  # (B, nh, T, hs)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # concatenate the heads
+        return self.c_proj(y)
 
 
 class MLP(nn.Module):
