@@ -5,10 +5,13 @@
 Paper: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -96,6 +99,33 @@ class GPT(nn.Module):
         }
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    @classmethod
+    def from_pretrained(cls, model_type: str) -> "GPT":
+        """Load OpenAI's weights from the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a folder
+        written by transformers."""
+        from huggingface_hub import snapshot_download
+
+        folder = Path(model_type)
+        if not folder.is_dir():
+            files = ["config.json", "model.safetensors"]
+            repo = f"openai-community/{model_type}"
+            folder = Path(snapshot_download(repo, allow_patterns=files))
+        hf = json.loads((folder / "config.json").read_text())
+        sizes = [hf[k] for k in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")]
+        state = {}
+        for name, w in load_file(folder / "model.safetensors").items():
+            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks
+                name = "transformer." + name.removeprefix("transformer.")
+                state[name] = w.t() if name.endswith(TRANSPOSED) else w
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+        model = cls(GPTConfig(*sizes))
+        model.load_state_dict(state)
+        return model
+
+
+# OpenAI's release stores these as (in, out), nn.Linear as (out, in)
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 if __name__ == "__main__":
