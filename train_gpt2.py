@@ -91,6 +91,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.config = config
         modules = {
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
@@ -99,6 +100,19 @@ class GPT(nn.Module):
         }
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, vocab_size) of the next token for idx (B, T) int64, T <= block_size."""
+        T, block_size = idx.size(1), self.config.block_size
+        assert T <= block_size, f"{T} tokens, but block_size is {block_size}"
+        pos = torch.arange(T, device=idx.device)  # (T,)
+        pos_emb = self.transformer.wpe(pos)  # (T, C)
+        tok_emb = self.transformer.wte(idx)  # (B, T, C)
+        x = tok_emb + pos_emb
+        for block in self.transformer.h:
+            x = block(x)  # (B, T, C)
+        x = self.transformer.ln_f(x)
+        return self.lm_head(x)  # (B, T, vocab_size)
 
     @classmethod
     def from_pretrained(cls, model_type: str) -> "GPT":
