@@ -1,15 +1,18 @@
 """Reproduce GPT-2 (124M): the model and the training loop in one file.
 
-    python train_gpt2.py
+    python train_gpt2.py                        # sample from OpenAI's weights
+    python train_gpt2.py my_gpt2                # from a folder written by transformers
 
 Paper: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
 """
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import tiktoken
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -114,6 +117,17 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         return self.lm_head(x)  # (B, T, vocab_size)
 
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, top_k=50, generator=None):
+        """Append max_new_tokens tokens to idx (B, T), each sampled from the top_k most likely."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])  # (B, T, vocab_size)
+            probs = F.softmax(logits[:, -1], dim=-1)  # (B, vocab_size)
+            topk_probs, topk_indices = probs.topk(top_k)  # (B, top_k)
+            ix = torch.multinomial(topk_probs, 1, generator=generator)  # (B, 1)
+            idx = torch.cat((idx, topk_indices.gather(-1, ix)), dim=1)
+        return idx
+
     @classmethod
     def from_pretrained(cls, model_type: str) -> "GPT":
         """Load OpenAI's weights from the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a folder
@@ -142,7 +156,18 @@ class GPT(nn.Module):
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
+# ---- sampling ----------------------------------------------------------------------------------
+def main():
+    """Print five samples of the model that the command line names."""
+    model = GPT.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "gpt2")
+    enc = tiktoken.get_encoding("gpt2")
+    tokens = enc.encode("Hello, I'm a language model,")
+    idx = torch.tensor([tokens] * 5)  # (5, 8)
+    generator = torch.Generator().manual_seed(42)
+    idx = model.generate(idx, max_new_tokens=30, generator=generator)  # (5, 38)
+    for sample in idx.tolist():
+        print(">", enc.decode(sample))
+
+
 if __name__ == "__main__":
-    model = GPT(GPTConfig())
-    print(model)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    main()
