@@ -1,14 +1,12 @@
 """Reproduce GPT-2 (124M): the model and the training loop in one file.
 
-    python train_gpt2.py                        # sample from OpenAI's weights
-    python train_gpt2.py my_gpt2                # from a folder written by transformers
+    python train_gpt2.py
 
 Paper: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
 """
 
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +27,9 @@ class GPTConfig:
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads in each block
     n_embd: int = 768  # channels
+
+
+seed = 1337  # of the initialization
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -156,14 +157,26 @@ class GPT(nn.Module):
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
+# ---- devices -----------------------------------------------------------------------------------
+def get_device() -> str:
+    """The first of CUDA, MPS and CPU that is available."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 # ---- sampling ----------------------------------------------------------------------------------
 def main():
-    """Print five samples of the model that the command line names."""
-    model = GPT.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "gpt2")
+    """Print five samples of a model with random weights."""
+    device = get_device()
+    print(f"using device: {device}")
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig())
+    model.to(device)
     enc = tiktoken.get_encoding("gpt2")
     tokens = enc.encode("Hello, I'm a language model,")
-    idx = torch.tensor([tokens] * 5)  # (5, 8)
-    generator = torch.Generator().manual_seed(42)
+    idx = torch.tensor([tokens] * 5, device=device)  # (5, 8)
+    generator = torch.Generator(device).manual_seed(42)
     idx = model.generate(idx, max_new_tokens=30, generator=generator)  # (5, 38)
     for sample in idx.tolist():
         print(">", enc.decode(sample))
