@@ -29,6 +29,7 @@ class GPTConfig:
     n_embd: int = 768  # channels
 
 
+B, T = 4, 32  # sequences per forward pass, tokens per sequence
 seed = 1337  # of the initialization
 
 
@@ -165,22 +166,24 @@ def get_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-# ---- sampling ----------------------------------------------------------------------------------
-def main():
-    """Print five samples of a model with random weights."""
+# ---- training ----------------------------------------------------------------------------------
+def train():
+    """Compute the logits of one batch."""
     device = get_device()
     print(f"using device: {device}")
     torch.manual_seed(seed)
     model = GPT(GPTConfig())
     model.to(device)
     enc = tiktoken.get_encoding("gpt2")
-    tokens = enc.encode("Hello, I'm a language model,")
-    idx = torch.tensor([tokens] * 5, device=device)  # (5, 8)
-    generator = torch.Generator(device).manual_seed(42)
-    idx = model.generate(idx, max_new_tokens=30, generator=generator)  # (5, 38)
-    for sample in idx.tolist():
-        print(">", enc.decode(sample))
+    text = Path("input.txt").read_text(encoding="utf-8")
+    tokens = torch.tensor(enc.encode(text[:1000])[: B * T + 1])  # one more, for the last target
+    x, y = tokens[:-1].view(B, T), tokens[1:].view(B, T)  # y is x shifted by one
+    for t in range(5):
+        print(repr(enc.decode(x[0, : t + 1].tolist())), "->", repr(enc.decode([y[0, t].item()])))
+    x, y = x.to(device), y.to(device)
+    logits = model(x)
+    print(f"x {tuple(x.shape)}, y {tuple(y.shape)}, logits {tuple(logits.shape)}")
 
 
 if __name__ == "__main__":
-    main()
+    train()
