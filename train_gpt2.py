@@ -106,8 +106,9 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, vocab_size) of the next token for idx (B, T) int64, T <= block_size."""
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
+        """Logits (B, T, vocab_size) of the next token for idx (B, T) int64, T <= block_size; with
+        targets (B, T) int64 also the mean cross-entropy in nats, else None."""
         T, block_size = idx.size(1), self.config.block_size
         assert T <= block_size, f"{T} tokens, but block_size is {block_size}"
         pos = torch.arange(T, device=idx.device)  # (T,)
@@ -117,13 +118,17 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x)  # (B, T, C)
         x = self.transformer.ln_f(x)
-        return self.lm_head(x)  # (B, T, vocab_size)
+        logits = self.lm_head(x)  # (B, T, vocab_size)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.flatten())
+        return logits, loss
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, top_k=50, generator=None):
         """Append max_new_tokens tokens to idx (B, T), each sampled from the top_k most likely."""
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])  # (B, T, vocab_size)
+            logits, _ = self(idx[:, -self.config.block_size :])  # (B, T, vocab_size)
             probs = F.softmax(logits[:, -1], dim=-1)  # (B, vocab_size)
             topk_probs, topk_indices = probs.topk(top_k)  # (B, top_k)
             ix = torch.multinomial(topk_probs, 1, generator=generator)  # (B, 1)
@@ -168,7 +173,7 @@ def get_device() -> str:
 
 # ---- training ----------------------------------------------------------------------------------
 def train():
-    """Compute the logits of one batch."""
+    """Compute the loss of one batch."""
     device = get_device()
     print(f"using device: {device}")
     torch.manual_seed(seed)
@@ -178,11 +183,9 @@ def train():
     text = Path("input.txt").read_text(encoding="utf-8")
     tokens = torch.tensor(enc.encode(text[:1000])[: B * T + 1])  # one more, for the last target
     x, y = tokens[:-1].view(B, T), tokens[1:].view(B, T)  # y is x shifted by one
-    for t in range(5):
-        print(repr(enc.decode(x[0, : t + 1].tolist())), "->", repr(enc.decode([y[0, t].item()])))
     x, y = x.to(device), y.to(device)
-    logits = model(x)
-    print(f"x {tuple(x.shape)}, y {tuple(y.shape)}, logits {tuple(logits.shape)}")
+    logits, loss = model(x, y)
+    print(f"loss {loss.item():.4f}, of equal probabilities {math.log(logits.size(-1)):.4f}")
 
 
 if __name__ == "__main__":

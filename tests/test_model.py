@@ -24,4 +24,7 @@ def test_from_pretrained_agrees_with_transformers(tmp_path):
     assert model.config == GPTConfig(32, 97, 3, 4, 48)
     idx = torch.randint(97, (4, 32))
     with torch.no_grad():
-        torch.testing.assert_close(model(idx), reference(idx).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(model(idx)[0], reference(idx).logits, rtol=0, atol=1e-4)
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        expected = reference(idx, labels=idx).loss  # transformers shifts the labels itself
+        torch.testing.assert_close(loss, expected)
