@@ -30,7 +30,12 @@ class GPTConfig:
 
 
 B, T = 4, 32  # sequences per forward pass, tokens per sequence
+max_steps = 50  # optimizer steps
+max_lr = 3e-4  # learning rate
 seed = 1337  # of the initialization
+
+if not torch.cuda.is_available():  # a step takes more than a second on a CPU
+    max_steps = 15
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -173,7 +178,7 @@ def get_device() -> str:
 
 # ---- training ----------------------------------------------------------------------------------
 def train():
-    """Compute the loss of one batch."""
+    """Train a model."""
     device = get_device()
     print(f"using device: {device}")
     torch.manual_seed(seed)
@@ -184,8 +189,13 @@ def train():
     tokens = torch.tensor(enc.encode(text[:1000])[: B * T + 1])  # one more, for the last target
     x, y = tokens[:-1].view(B, T), tokens[1:].view(B, T)  # y is x shifted by one
     x, y = x.to(device), y.to(device)
-    logits, loss = model(x, y)
-    print(f"loss {loss.item():.4f}, of equal probabilities {math.log(logits.size(-1)):.4f}")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=max_lr)
+    for step in range(max_steps):
+        logits, loss = model(x, y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"step {step:5d} | loss {loss.item():.4f}", flush=True)
 
 
 if __name__ == "__main__":
