@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import torch
 from safetensors.torch import load_file
@@ -168,6 +169,31 @@ class GPT(nn.Module):
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
+# ---- data --------------------------------------------------------------------------------------
+class DataLoaderLite:
+    """Batches of token sequences from input.txt. The number of a step decides which sequences it
+    reads: no state to save."""
+
+    def __init__(self, B: int, T: int):
+        self.B, self.T = B, T
+        text = Path("input.txt").read_text(encoding="utf-8")
+        self.tokens = tiktoken.get_encoding("gpt2").encode_to_numpy(text)  # (n,) uint32
+        # a sequence is T + 1 tokens; its last token is the first of the next sequence
+        self.n_sequences = (len(self.tokens) - 1) // T
+        print(f"loaded {len(self.tokens)} tokens, 1 epoch = {self.n_sequences // B} batches")
+
+    def sequences(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sequences with these numbers as x, y, both (B, T) int64; y is x shifted by one."""
+        rows = [self.tokens[i * self.T : (i + 1) * self.T + 1] for i in indices]
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch x, y, both (B, T) int64, of a step."""
+        first = step * self.B
+        return self.sequences(i % self.n_sequences for i in range(first, first + self.B))
+
+
 # ---- devices -----------------------------------------------------------------------------------
 def get_device() -> str:
     """The first of CUDA, MPS and CPU that is available."""
@@ -184,13 +210,11 @@ def train():
     torch.manual_seed(seed)
     model = GPT(GPTConfig())
     model.to(device)
-    enc = tiktoken.get_encoding("gpt2")
-    text = Path("input.txt").read_text(encoding="utf-8")
-    tokens = torch.tensor(enc.encode(text[:1000])[: B * T + 1])  # one more, for the last target
-    x, y = tokens[:-1].view(B, T), tokens[1:].view(B, T)  # y is x shifted by one
-    x, y = x.to(device), y.to(device)
+    train_loader = DataLoaderLite(B, T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=max_lr)
     for step in range(max_steps):
+        x, y = train_loader.batch(step)
+        x, y = x.to(device), y.to(device)
         logits, loss = model(x, y)
         loss.backward()
         optimizer.step()
