@@ -112,6 +112,20 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # weight tying (Press & Wolf 2016)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Initialize as GPT-2: std 0.02, positions 0.01 (openai/gpt-2, src/model.py)."""
+        for name, p in self.named_parameters():  # yields the tied matrix once
+            if name.endswith("bias"):
+                p.zero_()
+            elif "ln_" not in name:  # the weights of LayerNorms are ones
+                std = 0.01 if name.endswith("wpe.weight") else 0.02
+                if name.endswith("c_proj.weight"):
+                    # the residual stream adds up 2 * n_layer outputs of these: keep its variance
+                    std /= math.sqrt(2 * self.config.n_layer)
+                p.normal_(std=std)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
         """Logits (B, T, vocab_size) of the next token for idx (B, T) int64, T <= block_size; with

@@ -1,5 +1,8 @@
 """The model. Every test compares with something independent."""
 
+import math
+
+import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -28,3 +31,19 @@ def test_from_pretrained_agrees_with_transformers(tmp_path):
         _, loss = model(idx[:, :-1], idx[:, 1:])
         expected = reference(idx, labels=idx).loss  # transformers shifts the labels itself
         torch.testing.assert_close(loss, expected)
+
+
+def test_initialization_statistics():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=512, n_layer=8, n_head=2, n_embd=192))
+    stds = {"wte": 0.02, "wpe": 0.01, "c_attn": 0.02, "c_fc": 0.02, "c_proj": 0.02 / math.sqrt(16)}
+    for name, p in model.named_parameters():
+        if name.endswith("bias") or "ln_" in name:
+            assert (p == (0.0 if name.endswith("bias") else 1.0)).all(), name
+        else:
+            std = stds[name.split(".")[-2]]
+            assert p.std().item() == pytest.approx(std, rel=0.02), name
+            assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+    idx, targets = torch.randint(512, (2, 4, 64))
+    _, loss = model(idx, targets)
+    assert loss.item() == pytest.approx(math.log(512), abs=0.05)  # a uniform guess
