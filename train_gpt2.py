@@ -7,6 +7,7 @@ Paper: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et 
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +31,13 @@ class GPTConfig:
     n_embd: int = 768  # channels
 
 
-B, T = 4, 32  # sequences per forward pass, tokens per sequence
+B, T = 16, 1024  # sequences per forward pass, tokens per sequence
 max_steps = 50  # optimizer steps
 max_lr = 3e-4  # learning rate
 seed = 1337  # of the initialization
 
-if not torch.cuda.is_available():  # a step takes more than a second on a CPU
-    max_steps = 15
+if not torch.cuda.is_available():  # fewer tokens and steps: a CPU is much slower
+    B, T, max_steps = 1, 512, 5
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -221,6 +222,7 @@ def get_device() -> str:
 def train():
     """Train a model."""
     device = get_device()
+    device_type = device.split(":")[0]  # cuda:0 -> cuda
     print(f"using device: {device}")
     torch.manual_seed(seed)
     model = GPT(GPTConfig())
@@ -228,13 +230,20 @@ def train():
     train_loader = DataLoaderLite(B, T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=max_lr)
     for step in range(max_steps):
+        t0 = time.time()
         x, y = train_loader.batch(step)
         x, y = x.to(device), y.to(device)
         logits, loss = model(x, y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(f"step {step:5d} | loss {loss.item():.4f}", flush=True)
+        if device_type == "cuda":
+            torch.cuda.synchronize()  # wait for the GPU to finish the step
+        dt = time.time() - t0  # in seconds
+        tokens_per_sec = B * T / dt
+        line = f"step {step:5d} | loss {loss.item():.4f} | "
+        line += f"dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
