@@ -223,6 +223,8 @@ def train():
     """Train a model."""
     device = get_device()
     device_type = device.split(":")[0]  # cuda:0 -> cuda
+    if device_type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 in matmuls
     print(f"using device: {device}")
     torch.manual_seed(seed)
     model = GPT(GPTConfig())
