@@ -224,18 +224,20 @@ def train():
     device = get_device()
     device_type = device.split(":")[0]  # cuda:0 -> cuda
     if device_type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 in matmuls
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     print(f"using device: {device}")
     torch.manual_seed(seed)
     model = GPT(GPTConfig())
     model.to(device)
+    autocast = torch.autocast(device_type, torch.bfloat16)
     train_loader = DataLoaderLite(B, T)
     optimizer = torch.optim.AdamW(model.parameters(), lr=max_lr)
     for step in range(max_steps):
         t0 = time.time()
         x, y = train_loader.batch(step)
         x, y = x.to(device), y.to(device)
-        logits, loss = model(x, y)
+        with autocast:
+            logits, loss = model(x, y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
