@@ -35,9 +35,10 @@ B, T = 16, 1024  # sequences per forward pass, tokens per sequence
 max_steps = 50  # optimizer steps
 max_lr = 3e-4  # learning rate
 seed = 1337  # of the initialization
+use_compile = True  # torch.compile: a minute at the start, then much faster steps
 
 if not torch.cuda.is_available():  # fewer tokens and steps: a CPU is much slower
-    B, T, max_steps = 1, 512, 5
+    B, T, max_steps, use_compile = 1, 512, 5, False
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -227,11 +228,13 @@ def train():
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     print(f"using device: {device}")
     torch.manual_seed(seed)
-    model = GPT(GPTConfig())
-    model.to(device)
+    raw_model = GPT(GPTConfig())
+    raw_model.to(device)
     autocast = torch.autocast(device_type, torch.bfloat16)
+    # model is compiled; raw_model has the same weights, and the names that GPT gives them
+    model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
     train_loader = DataLoaderLite(B, T)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=max_lr)
+    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=max_lr)
     for step in range(max_steps):
         t0 = time.time()
         x, y = train_loader.batch(step)
