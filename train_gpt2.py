@@ -101,14 +101,16 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        # 50257 -> 50304, a multiple of 64, for which GPU kernels are faster
+        padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
         modules = {
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wte": nn.Embedding(padded_vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             "ln_f": nn.LayerNorm(config.n_embd),
         }
         self.transformer = nn.ModuleDict(modules)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # weight tying (Press & Wolf 2016)
         self.init_weights()
 
@@ -137,7 +139,8 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x)  # (B, T, C)
         x = self.transformer.ln_f(x)
-        logits = self.lm_head(x)  # (B, T, vocab_size)
+        # without the columns that pad the vocabulary; a view: nothing is copied
+        logits = self.lm_head(x)[..., : self.config.vocab_size]
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.flatten())
@@ -172,7 +175,8 @@ class GPT(nn.Module):
             if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks
                 name = "transformer." + name.removeprefix("transformer.")
                 state[name] = w.t() if name.endswith(TRANSPOSED) else w
-        state["lm_head.weight"] = state["transformer.wte.weight"]
+        wte = F.pad(state["transformer.wte.weight"], (0, 0, 0, -hf["vocab_size"] % 64))
+        state["transformer.wte.weight"] = state["lm_head.weight"] = wte
         model = cls(GPTConfig(*sizes))
         model.load_state_dict(state)
         return model

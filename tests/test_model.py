@@ -47,3 +47,22 @@ def test_initialization_statistics():
     idx, targets = torch.randint(512, (2, 4, 64))
     _, loss = model(idx, targets)
     assert loss.item() == pytest.approx(math.log(512), abs=0.05)  # a uniform guess
+
+
+def test_padded_vocabulary_entries_have_no_effect():
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=16, vocab_size=65, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(config)
+    idx, targets = torch.randint(65, (2, 3, 16))  # both (B, T)
+    logits, loss = model(idx, targets)
+    loss.backward()
+    assert model.lm_head.weight.shape == (128, 32) and logits.shape == (3, 16, 65)
+    log_probs = torch.log(logits.exp() / logits.exp().sum(dim=-1, keepdim=True))  # (B, T, 65)
+    expected = -log_probs.gather(-1, targets[..., None]).mean()
+    torch.testing.assert_close(loss, expected)
+    assert (model.lm_head.weight.grad[65:] == 0).all()
+    with torch.no_grad():
+        model.lm_head.weight[65:] = 100.0  # would dominate if they took part
+    assert torch.equal(model(idx, targets)[0], logits)
+    assert torch.equal(model(idx, targets)[1], loss)
+    assert model.generate(idx, 20).max() < 65
