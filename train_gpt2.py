@@ -2,7 +2,8 @@
 
     python train_gpt2.py
 
-Paper: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
+Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
+the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
 """
 
 import json
@@ -37,8 +38,8 @@ max_lr = 3e-4  # learning rate
 seed = 1337  # of the initialization
 use_compile = True  # torch.compile: a minute at the start, then much faster steps
 
-if not torch.cuda.is_available():  # fewer tokens and steps: a CPU is much slower
-    B, T, max_steps, use_compile = 1, 512, 5, False
+if not torch.cuda.is_available():  # fewer tokens and steps: a CPU is a thousand times slower
+    B, T, max_steps, use_compile = 2, 64, 5, False
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def train():
     # model is compiled; raw_model has the same weights, and the names that GPT gives them
     model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
     train_loader = DataLoaderLite(B, T)
-    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=max_lr)
+    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=max_lr, betas=(0.9, 0.95), eps=1e-8)
     for step in range(max_steps):
         t0 = time.time()
         x, y = train_loader.batch(step)
@@ -242,6 +243,7 @@ def train():
         with autocast:
             logits, loss = model(x, y)
         loss.backward()
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if device_type == "cuda":
@@ -249,7 +251,7 @@ def train():
         dt = time.time() - t0  # in seconds
         tokens_per_sec = B * T / dt
         line = f"step {step:5d} | loss {loss.item():.4f} | "
-        line += f"dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
+        line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
         print(line, flush=True)
 
 
