@@ -34,7 +34,9 @@ class GPTConfig:
 
 B, T = 16, 1024  # sequences per forward pass, tokens per sequence
 max_steps = 50  # optimizer steps
-max_lr = 3e-4  # learning rate
+max_lr = 6e-4  # peak learning rate (GPT-3, table 2.1)
+min_lr = 6e-5  # learning rate after the decay
+warmup_steps = 10  # steps of linear warmup
 seed = 1337  # of the initialization
 use_compile = True  # torch.compile: a minute at the start, then much faster steps
 
@@ -212,6 +214,16 @@ class DataLoaderLite:
         return self.sequences(i % self.n_sequences for i in range(first, first + self.B))
 
 
+# ---- learning rate schedule --------------------------------------------------------------------
+def get_lr(step: int) -> float:
+    """The learning rate of a step: linear warmup, then cosine decay to min_lr."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps  # + 1: a rate of 0 would waste a step
+    decay_ratio = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    coeff = 0.5 * (1.0 + math.cos(math.pi * min(1.0, decay_ratio)))  # from 1 to 0
+    return min_lr + coeff * (max_lr - min_lr)
+
+
 # ---- devices -----------------------------------------------------------------------------------
 def get_device() -> str:
     """The first of CUDA, MPS and CPU that is available."""
@@ -244,13 +256,16 @@ def train():
             logits, loss = model(x, y)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
+        lr = get_lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         if device_type == "cuda":
             torch.cuda.synchronize()  # wait for the GPU to finish the step
         dt = time.time() - t0  # in seconds
         tokens_per_sec = B * T / dt
-        line = f"step {step:5d} | loss {loss.item():.4f} | "
+        line = f"step {step:5d} | loss {loss.item():.4f} | lr {lr:.2e} | "
         line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
         print(line, flush=True)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import train_gpt2
 from train_gpt2 import GPT, GPTConfig
 
 
@@ -66,3 +67,16 @@ def test_padded_vocabulary_entries_have_no_effect():
     assert torch.equal(model(idx, targets)[0], logits)
     assert torch.equal(model(idx, targets)[1], loss)
     assert model.generate(idx, 20).max() < 65
+
+
+def test_learning_rates(monkeypatch):
+    values = {"max_steps": 50, "warmup_steps": 10, "max_lr": 6e-4, "min_lr": 6e-5}
+    for name, value in values.items():
+        monkeypatch.setattr(train_gpt2, name, value)
+    expected = {step: 6e-4 * (step + 1) / 10 for step in range(10)}
+    for step in range(10, 51):
+        cosine = math.cos(math.pi * (step - 10) / 40)  # from 1 to -1
+        expected[step] = 6e-5 + (6e-4 - 6e-5) * (1 + cosine) / 2
+    expected[60] = 6e-5
+    for step, lr in expected.items():
+        assert train_gpt2.get_lr(step) == pytest.approx(lr, rel=1e-6)
