@@ -37,6 +37,7 @@ max_steps = 50  # optimizer steps
 max_lr = 6e-4  # peak learning rate (GPT-3, table 2.1)
 min_lr = 6e-5  # learning rate after the decay
 warmup_steps = 10  # steps of linear warmup
+weight_decay = 0.1  # on weight matrices and embeddings only
 seed = 1337  # of the initialization
 use_compile = True  # torch.compile: a minute at the start, then much faster steps
 
@@ -184,6 +185,14 @@ class GPT(nn.Module):
         model.load_state_dict(state)
         return model
 
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW. Biases and LayerNorms do not decay."""
+        params = list(self.parameters())
+        decay = {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay}
+        no_decay = {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}
+        betas = (0.9, 0.95)
+        return torch.optim.AdamW([decay, no_decay], lr=max_lr, betas=betas, eps=1e-8)
+
 
 # OpenAI's release stores these as (in, out), nn.Linear as (out, in)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -247,7 +256,7 @@ def train():
     # model is compiled; raw_model has the same weights, and the names that GPT gives them
     model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
     train_loader = DataLoaderLite(B, T)
-    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=max_lr, betas=(0.9, 0.95), eps=1e-8)
+    optimizer = raw_model.configure_optimizers()
     for step in range(max_steps):
         t0 = time.time()
         x, y = train_loader.batch(step)
