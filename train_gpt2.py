@@ -191,7 +191,7 @@ class GPT(nn.Module):
         decay = {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay}
         no_decay = {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}
         betas = (0.9, 0.95)
-        return torch.optim.AdamW([decay, no_decay], lr=max_lr, betas=betas, eps=1e-8)
+        return torch.optim.AdamW([decay, no_decay], lr=max_lr, betas=betas, eps=1e-8, fused=True)
 
 
 # OpenAI's release stores these as (in, out), nn.Linear as (out, in)
