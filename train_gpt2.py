@@ -32,6 +32,7 @@ class GPTConfig:
     n_embd: int = 768  # channels
 
 
+total_batch_size = 2**19  # tokens per step; about 0.5M, as for GPT-3
 B, T = 16, 1024  # sequences per forward pass, tokens per sequence
 max_steps = 50  # optimizer steps
 max_lr = 6e-4  # peak learning rate (GPT-3, table 2.1)
@@ -42,7 +43,7 @@ seed = 1337  # of the initialization
 use_compile = True  # torch.compile: a minute at the start, then much faster steps
 
 if not torch.cuda.is_available():  # fewer tokens and steps: a CPU is a thousand times slower
-    B, T, max_steps, use_compile = 2, 64, 5, False
+    total_batch_size, B, T, max_steps, use_compile = 4 * 2 * 64, 2, 64, 5, False
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -201,10 +202,11 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 # ---- data --------------------------------------------------------------------------------------
 class DataLoaderLite:
     """Batches of token sequences from input.txt. The number of a step decides which sequences it
-    reads: no state to save."""
+    reads: no state to save, and the same losses for all micro-batches."""
 
     def __init__(self, B: int, T: int):
         self.B, self.T = B, T
+        self.sequences_per_step = total_batch_size // T
         text = Path("input.txt").read_text(encoding="utf-8")
         self.tokens = tiktoken.get_encoding("gpt2").encode_to_numpy(text)  # (n,) uint32
         # a sequence is T + 1 tokens; its last token is the first of the next sequence
@@ -217,9 +219,10 @@ class DataLoaderLite:
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch x, y, both (B, T) int64, of a step."""
-        first = step * self.B
+    def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch x, y, both (B, T) int64, of a micro-step."""
+        first = micro_step * self.B
+        first += step * self.sequences_per_step
         return self.sequences(i % self.n_sequences for i in range(first, first + self.B))
 
 
@@ -249,6 +252,10 @@ def train():
     if device_type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     print(f"using device: {device}")
+    assert total_batch_size % (B * T) == 0
+    grad_accum_steps = total_batch_size // (B * T)
+
+    # model
     torch.manual_seed(seed)
     raw_model = GPT(GPTConfig())
     raw_model.to(device)
@@ -257,24 +264,30 @@ def train():
     model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
     train_loader = DataLoaderLite(B, T)
     optimizer = raw_model.configure_optimizers()
+    batch = f"{grad_accum_steps} micro-steps x {B} x {T} tokens"
+    print(f"{total_batch_size} tokens per step = {batch}")
     for step in range(max_steps):
         t0 = time.time()
-        x, y = train_loader.batch(step)
-        x, y = x.to(device), y.to(device)
-        with autocast:
-            logits, loss = model(x, y)
-        loss.backward()
+        loss_accum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            x, y = train_loader.batch(step, micro_step)
+            x, y = x.to(device), y.to(device)
+            with autocast:
+                logits, loss = model(x, y)
+            loss = loss / grad_accum_steps  # the gradients are added up: divide, for their mean
+            loss_accum += loss.detach()
+            loss.backward()
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         lr = get_lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad()
+        raw_model.zero_grad(set_to_none=True)
         if device_type == "cuda":
             torch.cuda.synchronize()  # wait for the GPU to finish the step
         dt = time.time() - t0  # in seconds
-        tokens_per_sec = B * T / dt
-        line = f"step {step:5d} | loss {loss.item():.4f} | lr {lr:.2e} | "
+        tokens_per_sec = total_batch_size / dt
+        line = f"step {step:5d} | loss {loss_accum.item():.4f} | lr {lr:.2e} | "
         line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
         print(line, flush=True)
 

@@ -7,14 +7,16 @@ from train_gpt2 import DataLoaderLite
 
 
 def test_batches_cover_the_text_in_order_and_start_again():
-    B, T, n_tokens = 2, 5, 34
+    B, T, n_tokens = 2, 5, 64
     loader = object.__new__(DataLoaderLite)  # without input.txt and GPT-2's vocabulary
     loader.B, loader.T = B, T
     loader.tokens = np.arange(n_tokens, dtype=np.uint32)
-    loader.n_sequences = (n_tokens - 1) // T  # 6
-    x, y = (torch.stack(t) for t in zip(*map(loader.batch, range(4)), strict=True))
-    # the targets of one epoch are the tokens 1, 2, ... 30, each once; then the first batch again
+    loader.n_sequences = (n_tokens - 1) // T  # 12
+    loader.sequences_per_step = 4
+    batches = [loader.batch(step, micro_step) for step in range(4) for micro_step in range(2)]
+    x, y = (torch.stack(t) for t in zip(*batches, strict=True))
+    # the targets of one epoch are the tokens 1, 2, ... 60, each once; then the first step again
     assert y.dtype == torch.int64
-    assert y[:3].flatten().tolist() == list(range(1, 31))
+    assert y[:6].flatten().tolist() == list(range(1, 61))
     assert torch.equal(x, y - 1)
-    assert torch.equal(y[3], y[0])
+    assert torch.equal(y[6:], y[:2])
