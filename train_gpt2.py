@@ -1,6 +1,7 @@
 """Reproduce GPT-2 (124M): the model and the training loop in one file.
 
-    python train_gpt2.py
+    python train_gpt2.py                        # on one GPU, or few tokens on a CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
@@ -8,6 +9,7 @@ the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020),
 
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -211,7 +214,6 @@ class DataLoaderLite:
         self.tokens = tiktoken.get_encoding("gpt2").encode_to_numpy(text)  # (n,) uint32
         # a sequence is T + 1 tokens; its last token is the first of the next sequence
         self.n_sequences = (len(self.tokens) - 1) // T
-        print(f"loaded {len(self.tokens)} tokens, 1 epoch = {self.n_sequences // B} batches")
 
     def sequences(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """The sequences with these numbers as x, y, both (B, T) int64; y is x shifted by one."""
@@ -236,22 +238,31 @@ def get_lr(step: int) -> float:
     return min_lr + coeff * (max_lr - min_lr)
 
 
-# ---- devices -----------------------------------------------------------------------------------
+# ---- devices and DDP ---------------------------------------------------------------------------
 def get_device() -> str:
-    """The first of CUDA, MPS and CPU that is available."""
+    """The first of CUDA, MPS and CPU that is available; with CUDA each rank has its own."""
     if torch.cuda.is_available():
-        return "cuda"
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 # ---- training ----------------------------------------------------------------------------------
 def train():
     """Train a model."""
+    # set up DDP; torchrun sets these environment variables
+    ddp = "RANK" in os.environ
+    ddp_rank = int(os.environ.get("RANK", 0))
+    ddp_local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
+    master_process = ddp_rank == 0  # this process does logging, checkpointing etc.
     device = get_device()
     device_type = device.split(":")[0]  # cuda:0 -> cuda
     if device_type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    print(f"using device: {device}")
+    if ddp:
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    print(f"rank {ddp_rank} of {ddp_world_size}, local rank {ddp_local_rank}: device {device}")
     assert total_batch_size % (B * T) == 0
     grad_accum_steps = total_batch_size // (B * T)
 
@@ -264,8 +275,9 @@ def train():
     model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
     train_loader = DataLoaderLite(B, T)
     optimizer = raw_model.configure_optimizers()
-    batch = f"{grad_accum_steps} micro-steps x {B} x {T} tokens"
-    print(f"{total_batch_size} tokens per step = {batch}")
+    if master_process:
+        batch = f"{grad_accum_steps} micro-steps x {B} x {T} tokens"
+        print(f"{total_batch_size} tokens per step = {batch}")
     for step in range(max_steps):
         t0 = time.time()
         loss_accum = torch.zeros((), device=device)
@@ -286,10 +298,14 @@ def train():
         if device_type == "cuda":
             torch.cuda.synchronize()  # wait for the GPU to finish the step
         dt = time.time() - t0  # in seconds
-        tokens_per_sec = total_batch_size / dt
-        line = f"step {step:5d} | loss {loss_accum.item():.4f} | lr {lr:.2e} | "
-        line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
-        print(line, flush=True)
+        if master_process:
+            tokens_per_sec = total_batch_size / dt
+            line = f"step {step:5d} | loss {loss_accum.item():.4f} | lr {lr:.2e} | "
+            line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
+            print(line, flush=True)
+    if ddp:
+        dist.barrier()  # torchrun ends the other ranks when one of them exits
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
