@@ -35,7 +35,7 @@ class GPTConfig:
     n_embd: int = 768  # channels
 
 
-total_batch_size = 2**19  # tokens per step; about 0.5M, as for GPT-3
+total_batch_size = 2**19  # tokens per step, over all ranks; about 0.5M, as for GPT-3
 B, T = 16, 1024  # sequences per forward pass, tokens per sequence
 max_steps = 50  # optimizer steps
 max_lr = 6e-4  # peak learning rate (GPT-3, table 2.1)
@@ -207,8 +207,9 @@ class DataLoaderLite:
     """Batches of token sequences from input.txt. The number of a step decides which sequences it
     reads: no state to save, and the same losses for all micro-batches."""
 
-    def __init__(self, B: int, T: int):
+    def __init__(self, B: int, T: int, ddp_rank: int, ddp_world_size: int):
         self.B, self.T = B, T
+        self.ddp_rank, self.ddp_world_size = ddp_rank, ddp_world_size
         self.sequences_per_step = total_batch_size // T
         text = Path("input.txt").read_text(encoding="utf-8")
         self.tokens = tiktoken.get_encoding("gpt2").encode_to_numpy(text)  # (n,) uint32
@@ -222,8 +223,8 @@ class DataLoaderLite:
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch x, y, both (B, T) int64, of a micro-step."""
-        first = micro_step * self.B
+        """This rank's batch x, y, both (B, T) int64, of a micro-step."""
+        first = (micro_step * self.ddp_world_size + self.ddp_rank) * self.B
         first += step * self.sequences_per_step
         return self.sequences(i % self.n_sequences for i in range(first, first + self.B))
 
@@ -262,9 +263,8 @@ def train():
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ddp:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    print(f"rank {ddp_rank} of {ddp_world_size}, local rank {ddp_local_rank}: device {device}")
-    assert total_batch_size % (B * T) == 0
-    grad_accum_steps = total_batch_size // (B * T)
+    assert total_batch_size % (B * T * ddp_world_size) == 0
+    grad_accum_steps = total_batch_size // (B * T * ddp_world_size)
 
     # model
     torch.manual_seed(seed)
@@ -273,10 +273,10 @@ def train():
     autocast = torch.autocast(device_type, torch.bfloat16)
     # model is compiled; raw_model has the same weights, and the names that GPT gives them
     model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
-    train_loader = DataLoaderLite(B, T)
+    train_loader = DataLoaderLite(B, T, ddp_rank, ddp_world_size)
     optimizer = raw_model.configure_optimizers()
     if master_process:
-        batch = f"{grad_accum_steps} micro-steps x {B} x {T} tokens"
+        batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{total_batch_size} tokens per step = {batch}")
     for step in range(max_steps):
         t0 = time.time()
@@ -289,6 +289,9 @@ def train():
             loss = loss / grad_accum_steps  # the gradients are added up: divide, for their mean
             loss_accum += loss.detach()
             loss.backward()
+        if ddp:
+            dist.all_reduce(loss_accum)
+            loss_accum /= ddp_world_size
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
         lr = get_lr(step)
         for group in optimizer.param_groups:
@@ -303,6 +306,7 @@ def train():
             line = f"step {step:5d} | loss {loss_accum.item():.4f} | lr {lr:.2e} | "
             line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
             print(line, flush=True)
+    print(f"rank {ddp_rank}, local rank {ddp_local_rank}: norm {norm:.4f}", flush=True)
     if ddp:
         dist.barrier()  # torchrun ends the other ranks when one of them exits
         dist.destroy_process_group()
