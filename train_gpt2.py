@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 
 # ---- hyperparameters ---------------------------------------------------------------------------
@@ -205,7 +206,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 # ---- data --------------------------------------------------------------------------------------
 class DataLoaderLite:
     """Batches of token sequences from input.txt. The number of a step decides which sequences it
-    reads: no state to save, and the same losses for all micro-batches."""
+    reads: no state to save, and the same losses for all ranks and micro-batches."""
 
     def __init__(self, B: int, T: int, ddp_rank: int, ddp_world_size: int):
         self.B, self.T = B, T
@@ -271,8 +272,11 @@ def train():
     raw_model = GPT(GPTConfig())
     raw_model.to(device)
     autocast = torch.autocast(device_type, torch.bfloat16)
-    # model is compiled; raw_model has the same weights, and the names that GPT gives them
+    # model is compiled and wrapped in DDP; raw_model has the same weights, with GPT's names
     model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
+    if ddp:
+        device_ids = [ddp_local_rank] if device_type == "cuda" else None
+        model = DDP(model, device_ids=device_ids)
     train_loader = DataLoaderLite(B, T, ddp_rank, ddp_world_size)
     optimizer = raw_model.configure_optimizers()
     if master_process:
@@ -284,6 +288,9 @@ def train():
         for micro_step in range(grad_accum_steps):
             x, y = train_loader.batch(step, micro_step)
             x, y = x.to(device), y.to(device)
+            if ddp:
+                # all-reduce only on the last micro-step; DDP reads this flag in forward()
+                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 logits, loss = model(x, y)
             loss = loss / grad_accum_steps  # the gradients are added up: divide, for their mean
@@ -306,7 +313,6 @@ def train():
             line = f"step {step:5d} | loss {loss_accum.item():.4f} | lr {lr:.2e} | "
             line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
             print(line, flush=True)
-    print(f"rank {ddp_rank}, local rank {ddp_local_rank}: norm {norm:.4f}", flush=True)
     if ddp:
         dist.barrier()  # torchrun ends the other ranks when one of them exits
         dist.destroy_process_group()
