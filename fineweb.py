@@ -1,19 +1,29 @@
-"""Tokenizes documents and counts their tokens. Every document begins
-with end-of-text.
+"""Tokenizes documents and writes the tokens to shards. A shard is a .npy
+file of uint16; the first one is for validation. Every document begins with end-of-text.
 
-    python fineweb.py                        # FineWeb-Edu sample-10BT
-    python fineweb.py FILES                  # .parquet and .txt files
+    python fineweb.py                        # FineWeb-Edu sample-10BT into edu_fineweb10B/
+    python fineweb.py FILES                  # .parquet and .txt files into my_data/
 """
 
 import functools
+import io
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
 
-BATCH = 128  # documents that are tokenized at a time
+BATCH = 128  # documents that a worker tokenizes at a time
 EDU = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/"
+# name: source, folder, encoding, validation tokens (0: one shard, as in the lecture)
+DATASETS = {
+    "fineweb_edu_10BT": (EDU + "10BT/*.parquet", "edu_fineweb10B", "gpt2", 0),
+}
+shard_size = 100_000_000  # tokens per shard
 
 
 def read_rows(path: str):
@@ -63,15 +73,71 @@ def tokenize(texts: list[str | None], encoding: str) -> np.ndarray:
     return np.concatenate(arrays, dtype=np.uint16, casting="unsafe")
 
 
+def tokenize_all(documents, encoding: str, workers: int):
+    """Yields the tokens of each batch of documents, in order."""
+    pending = []
+    # "fork" would copy locks that other threads hold, such as PyTorch's
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for batch in documents.iter(BATCH):
+            pending.append(pool.submit(tokenize, *batch.values(), encoding))
+            if len(pending) == 2 * workers:  # enough work for the time that writing a shard takes
+                yield pending.pop(0).result()
+        for future in pending:
+            yield future.result()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a temporary file and renames it, so that a file is complete under its own name."""
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_shards(stream, prefix: Path, val_tokens: int) -> None:
+    """Writes PREFIX_val_000000.npy with val_tokens tokens, then PREFIX_train_NNNNNN.npy."""
+    n_shards, size = 0, val_tokens
+    rest = [np.empty(0, np.uint16)]  # the tokens after the last shard
+
+    def write_shard(tokens: np.ndarray) -> None:
+        nonlocal n_shards
+        split = "train" if n_shards else "val"
+        path = Path(f"{prefix}_{split}_{n_shards:06d}.npy")
+        file = io.BytesIO()
+        np.save(file, tokens)
+        write_file(path, file.getvalue())
+        print(f"{path}: {len(tokens):,} tokens")
+        n_shards += 1
+
+    for tokens in tqdm(stream, unit=" documents", unit_scale=BATCH, delay=1):
+        rest.append(tokens)
+        while sum(map(len, rest)) >= size:
+            joined = np.concatenate(rest)
+            write_shard(joined[:size])
+            size, rest = shard_size, [joined[size:]]
+    joined = np.concatenate(rest)
+    if len(joined):
+        write_shard(joined)
+
+
+def open_shards(folder: str | Path, split: str) -> list[np.ndarray]:
+    """Returns the shards of "train" or "val", memory-mapped, each (n,) uint16."""
+    paths = sorted(Path(folder).glob(f"*_{split}_*.npy"))
+    if not paths:
+        raise SystemExit(f"no {split} shards in {folder}: fineweb.py writes them")
+    return [np.load(path, mmap_mode="r") for path in paths]
+
+
 def main(files: list[str]) -> None:
-    """Prints the number of documents, and of their tokens in both encodings."""
-    n_documents, n_tokens = 0, {"gpt2": 0, "bytes": 0}
-    for batch in load_documents(files, EDU + "10BT/*.parquet").iter(BATCH):
-        n_documents += len(batch["text"])
-        for encoding in n_tokens:
-            n_tokens[encoding] += len(tokenize(batch["text"], encoding))
-    counts = [f"{n:,} tokens with {encoding}" for encoding, n in n_tokens.items()]
-    print(f"{n_documents:,} documents", *counts, sep=", ")
+    """Tokenizes documents into shards."""
+    dataset = "" if files else "fineweb_edu_10BT"
+    source, folder, encoding, val_tokens = DATASETS.get(dataset, ("", "my_data", "gpt2", 100_000))
+    out = Path(folder)
+    if any(out.glob("*.npy")):
+        raise SystemExit(f"{out} has shards: delete it to write them again")
+    out.mkdir(parents=True, exist_ok=True)
+    stream = tokenize_all(load_documents(files, source), encoding, os.cpu_count())
+    write_shards(stream, out / out.name, val_tokens or shard_size)
 
 
 if __name__ == "__main__":

@@ -23,3 +23,21 @@ def test_tokens_are_those_of_tiktoken():
 def test_tokens_of_bytes_are_the_bytes():
     tokens = fineweb.tokenize(DOCUMENTS, "bytes")
     assert tokens.tolist() == [t for text in DOCUMENTS for t in [256, *text.encode()]]
+
+
+def test_shards_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "shard_size", 5000)
+    files = [tmp_path / f"{i:03d}.txt" for i in range(300)]  # three batches
+    for i, file in enumerate(files):
+        file.write_text(f"Document {i}: " + "some words, " * (i % 37))
+    expected = [t for file in files for t in [256, *file.read_bytes()]]
+    for workers in (1, 3):
+        (tmp_path / str(workers)).mkdir()
+        documents = fineweb.load_documents(list(map(str, files)), "")
+        stream = fineweb.tokenize_all(documents, "bytes", workers)
+        fineweb.write_shards(stream, tmp_path / str(workers) / "data", 250)
+        (val,) = fineweb.open_shards(tmp_path / str(workers), "val")
+        train = fineweb.open_shards(tmp_path / str(workers), "train")
+        assert val.tolist() == expected[:250]
+        assert np.concatenate(train).tolist() == expected[250:]
+        assert [len(shard) for shard in train[:-1]] == [5000] * (len(train) - 1)
