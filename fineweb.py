@@ -1,4 +1,4 @@
-"""Tokenizes documents and writes the tokens to shards. A shard is a .npy
+"""Tokenizes documents and writes the tokens to shards, which train_gpt2.py reads. A shard is a .npy
 file of uint16; the first one is for validation. Every document begins with end-of-text.
 
     python fineweb.py                        # FineWeb-Edu sample-10BT into edu_fineweb10B/
@@ -6,6 +6,7 @@ file of uint16; the first one is for validation. Every document begins with end-
 """
 
 import functools
+import hashlib
 import io
 import os
 import sys
@@ -22,8 +23,18 @@ EDU = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/"
 # name: source, folder, encoding, validation tokens (0: one shard, as in the lecture)
 DATASETS = {
     "fineweb_edu_10BT": (EDU + "10BT/*.parquet", "edu_fineweb10B", "gpt2", 0),
+    "stdlib": ("", "stdlib", "bytes", 300_000),  # the sources of Python's standard library
 }
 shard_size = 100_000_000  # tokens per shard
+
+
+def standard_library() -> list[str]:
+    """Returns modules of Python's standard library, no tables, ordered by a hash of their names."""
+    root = Path(os.__file__).parent
+    excluded = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    names = [path.relative_to(root) for path in root.rglob("*.py") if path.stat().st_size < 50_000]
+    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    return [str(root / name) for name in names if excluded.isdisjoint(name.parts)]
 
 
 def read_rows(path: str):
@@ -128,16 +139,18 @@ def open_shards(folder: str | Path, split: str) -> list[np.ndarray]:
     return [np.load(path, mmap_mode="r") for path in paths]
 
 
-def main(files: list[str]) -> None:
-    """Tokenizes documents into shards."""
-    dataset = "" if files else "fineweb_edu_10BT"
+def main(files: list[str], dataset: str = "", out: str = "") -> None:
+    """Tokenizes documents into shards. Exits with a one-line message on user errors."""
+    dataset = dataset or ("" if files else "fineweb_edu_10BT")
     source, folder, encoding, val_tokens = DATASETS.get(dataset, ("", "my_data", "gpt2", 100_000))
-    out = Path(folder)
+    out = Path(out or folder)
     if any(out.glob("*.npy")):
         raise SystemExit(f"{out} has shards: delete it to write them again")
+    files = standard_library() if dataset == "stdlib" else files
+    workers = 1 if encoding == "bytes" else os.cpu_count()
     out.mkdir(parents=True, exist_ok=True)
-    stream = tokenize_all(load_documents(files, source), encoding, os.cpu_count())
-    write_shards(stream, out / out.name, val_tokens or shard_size)
+    stream = tokenize_all(load_documents(files, source), encoding, workers)
+    write_shards(stream, out / out.resolve().name, val_tokens or shard_size)
 
 
 if __name__ == "__main__":

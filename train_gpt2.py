@@ -1,12 +1,13 @@
 """Reproduce GPT-2 (124M): the model and the training loop in one file.
 
-    python train_gpt2.py                        # on one GPU, or few tokens on a CPU
+    python train_gpt2.py                        # on one GPU, or small sizes on a CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
 """
 
+import functools
 import json
 import math
 import os
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+
+import fineweb
 
 
 # ---- hyperparameters ---------------------------------------------------------------------------
@@ -30,24 +32,31 @@ class GPTConfig:
     """The network. The defaults are GPT-2 124M."""
 
     block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50257  # 256 bytes, 50,000 merges, end-of-text
+    vocab_size: int = 50257  # 256 bytes, 50,000 merges, end-of-text; 257: bytes and end-of-text
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads in each block
     n_embd: int = 768  # channels
 
 
+gpt_config = GPTConfig()
+data_dir = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
 total_batch_size = 2**19  # tokens per step, over all ranks; about 0.5M, as for GPT-3
-B, T = 16, 1024  # sequences per forward pass, tokens per sequence
-max_steps = 50  # optimizer steps
+B, T = 64, 1024  # sequences per forward pass, tokens per sequence
+max_steps = 19_073  # optimizer steps; 10B tokens / 2**19
 max_lr = 6e-4  # peak learning rate (GPT-3, table 2.1)
 min_lr = 6e-5  # learning rate after the decay
-warmup_steps = 10  # steps of linear warmup
+warmup_steps = 715  # steps of linear warmup; GPT-3's 375M tokens / 2**19
 weight_decay = 0.1  # on weight matrices and embeddings only
-seed = 1337  # of the initialization
+seed = 1337  # of the initialization and the order of the data
+dtype = torch.bfloat16  # of autocast
 use_compile = True  # torch.compile: a minute at the start, then much faster steps
 
-if not torch.cuda.is_available():  # fewer tokens and steps: a CPU is a thousand times slower
-    total_batch_size, B, T, max_steps, use_compile = 4 * 2 * 64, 2, 64, 5, False
+if not torch.cuda.is_available():  # a small network on bytes: all parts of a run in a minute
+    gpt_config = GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96)
+    data_dir = "demo_data"
+    total_batch_size, B, T, max_steps = 24 * 128, 12, 128, 200
+    max_lr, min_lr, warmup_steps = 3e-3, 3e-4, 20
+    dtype, use_compile = torch.float32, False
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -204,30 +213,49 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 
 # ---- data --------------------------------------------------------------------------------------
-class DataLoaderLite:
-    """Batches of token sequences from input.txt. The number of a step decides which sequences it
-    reads: no state to save, and the same losses for all ranks and micro-batches."""
+@functools.lru_cache(maxsize=2)  # a step may read the end of an epoch and the start of the next
+def epoch_order(n_sequences: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the sequences in an epoch: a permutation, (n_sequences,)."""
+    return np.random.default_rng((seed, epoch)).permutation(np.arange(n_sequences, dtype=np.uint32))
 
-    def __init__(self, B: int, T: int, ddp_rank: int, ddp_world_size: int):
+
+class DataLoaderLite:
+    """Batches of token sequences from the shards of a split. The number of a step decides which
+    sequences it reads: no state to save, and the same losses for all ranks and micro-batches."""
+
+    def __init__(self, split: str, B: int, T: int, ddp_rank: int, ddp_world_size: int):
         self.B, self.T = B, T
         self.ddp_rank, self.ddp_world_size = ddp_rank, ddp_world_size
         self.sequences_per_step = total_batch_size // T
-        text = Path("input.txt").read_text(encoding="utf-8")
-        self.tokens = tiktoken.get_encoding("gpt2").encode_to_numpy(text)  # (n,) uint32
-        # a sequence is T + 1 tokens; its last token is the first of the next sequence
-        self.n_sequences = (len(self.tokens) - 1) // T
+        self.shards = fineweb.open_shards(data_dir, split)
+        # a sequence is T + 1 tokens of one shard; its last token is the first of the next sequence
+        self.ends = np.cumsum([max(0, len(shard) - 1) // T for shard in self.shards])
+        self.n_sequences = int(self.ends[-1])
 
     def sequences(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """The sequences with these numbers as x, y, both (B, T) int64; y is x shifted by one."""
-        rows = [self.tokens[i * self.T : (i + 1) * self.T + 1] for i in indices]
+        rows = []
+        for i in indices:
+            k = int(np.searchsorted(self.ends, i, side="right"))  # the number of the shard
+            start = (i - (int(self.ends[k - 1]) if k else 0)) * self.T
+            rows.append(self.shards[k][start : start + self.T + 1])
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's batch x, y, both (B, T) int64, of a micro-step."""
         first = (micro_step * self.ddp_world_size + self.ddp_rank) * self.B
-        first += step * self.sequences_per_step
-        return self.sequences(i % self.n_sequences for i in range(first, first + self.B))
+        indices = []
+        for n in range(first, first + self.B):
+            epoch, i = divmod(step * self.sequences_per_step + n, self.n_sequences)
+            indices.append(int(epoch_order(self.n_sequences, seed, epoch)[i]))
+        return self.sequences(indices)
+
+
+def prepare_demo_data():
+    """Make the demo's data: Python's standard library as bytes."""
+    if not any(Path(data_dir).glob("*_train_*.npy")):
+        fineweb.main([], dataset="stdlib", out=data_dir)
 
 
 # ---- learning rate schedule --------------------------------------------------------------------
@@ -266,22 +294,29 @@ def train():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     assert total_batch_size % (B * T * ddp_world_size) == 0
     grad_accum_steps = total_batch_size // (B * T * ddp_world_size)
+    if master_process and data_dir == "demo_data":
+        prepare_demo_data()
+    if ddp:
+        dist.barrier()  # the other ranks wait here for rank 0
 
     # model
     torch.manual_seed(seed)
-    raw_model = GPT(GPTConfig())
+    raw_model = GPT(gpt_config)
     raw_model.to(device)
-    autocast = torch.autocast(device_type, torch.bfloat16)
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    autocast = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
     # model is compiled and wrapped in DDP; raw_model has the same weights, with GPT's names
     model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
     if ddp:
         device_ids = [ddp_local_rank] if device_type == "cuda" else None
         model = DDP(model, device_ids=device_ids)
-    train_loader = DataLoaderLite(B, T, ddp_rank, ddp_world_size)
+    train_loader = DataLoaderLite("train", B, T, ddp_rank, ddp_world_size)
     optimizer = raw_model.configure_optimizers()
     if master_process:
+        epochs = max_steps * train_loader.sequences_per_step / train_loader.n_sequences
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
-        print(f"{total_batch_size} tokens per step = {batch}")
+        print(f"{n_params:,} parameters | {device} | {dtype}")
+        print(f"{total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
     for step in range(max_steps):
         t0 = time.time()
         loss_accum = torch.zeros((), device=device)
