@@ -1,4 +1,4 @@
-"""Reproduce GPT-2 (124M): the model and the training loop in one file.
+"""Reproduce GPT-2 (124M): the model, the training loop and evaluation in one file.
 
     python train_gpt2.py                        # on one GPU, or small sizes on a CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py
@@ -50,6 +50,8 @@ weight_decay = 0.1  # on weight matrices and embeddings only
 seed = 1337  # of the initialization and the order of the data
 dtype = torch.bfloat16  # of autocast
 use_compile = True  # torch.compile: a minute at the start, then much faster steps
+val_interval = 250  # steps between validations
+val_tokens = 20 * 2**19  # tokens per validation, independent of the number of ranks
 
 if not torch.cuda.is_available():  # a small network on bytes: all parts of a run in a minute
     gpt_config = GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96)
@@ -57,6 +59,7 @@ if not torch.cuda.is_available():  # a small network on bytes: all parts of a ru
     total_batch_size, B, T, max_steps = 24 * 128, 12, 128, 200
     max_lr, min_lr, warmup_steps = 3e-3, 3e-4, 20
     dtype, use_compile = torch.float32, False
+    val_interval, val_tokens = 50, 20_000
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -268,6 +271,26 @@ def get_lr(step: int) -> float:
     return min_lr + coeff * (max_lr - min_lr)
 
 
+# ---- evaluation --------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str) -> float:
+    """Mean cross-entropy in nats per token for the first n_tokens of the validation split. The
+    ranks split the sequences."""
+    n_sequences = max(1, min(n_tokens // val_loader.T, val_loader.n_sequences))
+    indices = range(val_loader.ddp_rank, n_sequences, val_loader.ddp_world_size)
+    loss_sum = 0.0
+    model.eval()
+    for i in range(0, len(indices), val_loader.B):
+        rows = list(indices[i : i + val_loader.B])
+        x, y = val_loader.sequences(rows + [0] * (val_loader.B - len(rows)))
+        y[len(rows) :] = -100  # no loss for the rows that only fill up the last batch
+        logits, loss = model(x.to(device), y.to(device))
+        loss_sum += loss.item() * len(rows) * val_loader.T
+    model.train()
+    (loss_sum,) = sum_over_ranks(loss_sum, device=device)
+    return loss_sum / (n_sequences * val_loader.T)
+
+
 # ---- devices and DDP ---------------------------------------------------------------------------
 def get_device() -> str:
     """The first of CUDA, MPS and CPU that is available; with CUDA each rank has its own."""
@@ -276,7 +299,20 @@ def get_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def sum_over_ranks(*values: float, device: str) -> list[float]:
+    """Each value summed over all ranks."""
+    if not dist.is_initialized():
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
 # ---- training ----------------------------------------------------------------------------------
+def is_due(interval: int, step: int, last_step: bool) -> bool:
+    return step % interval == 0 or last_step
+
+
 def train():
     """Train a model."""
     # set up DDP; torchrun sets these environment variables
@@ -310,14 +346,26 @@ def train():
     if ddp:
         device_ids = [ddp_local_rank] if device_type == "cuda" else None
         model = DDP(model, device_ids=device_ids)
+    # data
     train_loader = DataLoaderLite("train", B, T, ddp_rank, ddp_world_size)
+    val_loader = DataLoaderLite("val", B, T, ddp_rank, ddp_world_size)
     optimizer = raw_model.configure_optimizers()
     if master_process:
         epochs = max_steps * train_loader.sequences_per_step / train_loader.n_sequences
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{n_params:,} parameters | {device} | {dtype}")
         print(f"{total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
-    for step in range(max_steps):
+    for step in range(max_steps + 1):
+        last_step = step == max_steps
+        with autocast:
+            if is_due(val_interval, step, last_step):
+                val_loss = evaluate_loss(model, val_loader, val_tokens, device)
+                if master_process:
+                    print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
+        if last_step:
+            break
+
+        # one training step
         t0 = time.time()
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):

@@ -1,14 +1,28 @@
-"""Tests of train_gpt2.py. What they expect is computed with numpy."""
+"""Tests of train_gpt2.py. They compare with numpy, and one process with two."""
+
+import os
+import re
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 
 import train_gpt2
-from train_gpt2 import DataLoaderLite
+from train_gpt2 import DataLoaderLite, GPTConfig
+
+ROOT = os.path.dirname(train_gpt2.__file__)
+SMALL = {
+    "gpt_config": GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32),
+    "total_batch_size": 8 * 16, "B": 2, "T": 16, "max_steps": 5, "warmup_steps": 2,
+    "val_interval": 2, "val_tokens": 7 * 16,
+}  # fmt: skip
 
 
-def write_shards(folder, sizes):
+def write_shards(folder, sizes, vocab_size=2**16):
     """Consecutive numbers as tokens; the first shard is for validation. Returns the shards."""
-    shards = np.split(np.arange(sum(sizes), dtype=np.uint16), np.cumsum(sizes)[:-1])
+    tokens = (np.arange(sum(sizes)) % vocab_size).astype(np.uint16)
+    shards = np.split(tokens, np.cumsum(sizes)[:-1])
     for i, shard in enumerate(shards):
         np.save(folder / f"data_{'train' if i else 'val'}_{i:06d}.npy", shard)
     return shards
@@ -34,3 +48,24 @@ def test_every_sequence_is_read_once_per_epoch(tmp_path, monkeypatch):
     assert len(second) == n
     assert sorted(first) == sorted(second) == expected
     assert expected != first != second, "the order is random, and a new one for each epoch"
+
+
+def run(folder, ranks=1, **constants):
+    """Trains in new processes. Returns the numbers that it prints after "loss" and after "val"."""
+    folder.mkdir(exist_ok=True)
+    script = "import train_gpt2\nfrom train_gpt2 import GPTConfig\n"
+    script += f"vars(train_gpt2).update({SMALL | constants})\ntrain_gpt2.train()\n"
+    (folder / "run.py").write_text(script)
+    env = os.environ | {"PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""}
+    torchrun = f"torch.distributed.run --standalone --nproc_per_node {ranks} run.py".split()
+    out = subprocess.check_output([sys.executable, "-m", *torchrun], cwd=folder, env=env, text=True)
+    return [list(map(float, re.findall(rf"{w} (\d\S+)", out))) for w in ("loss", "val")]
+
+
+def test_two_ranks_have_the_losses_of_one(tmp_path):
+    write_shards(tmp_path, [200, 500, 900], vocab_size=257)
+    one = run(tmp_path / "one", data_dir=str(tmp_path))
+    two = run(tmp_path / "two", ranks=2, data_dir=str(tmp_path))
+    assert [len(losses) for losses in one] == [5, 4], "also validated after the last update"
+    for losses, expected in zip(two, one, strict=True):
+        assert losses == pytest.approx(expected, abs=2e-4)  # printed with four digits
