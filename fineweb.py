@@ -5,6 +5,7 @@ file of uint16; the first one is for validation. Every document begins with end-
     python fineweb.py FILES                  # .parquet and .txt files into my_data/
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -26,6 +27,15 @@ DATASETS = {
     "stdlib": ("", "stdlib", "bytes", 300_000),  # the sources of Python's standard library
 }
 shard_size = 100_000_000  # tokens per shard
+
+
+@contextlib.contextmanager
+def exit_on_error(message: str):
+    """Turns exceptions, of which each library has its own kinds, into a one-line SystemExit."""
+    try:
+        yield
+    except Exception as error:
+        raise SystemExit(f"{message} ({error!r:.300})") from error  # repr() has no line breaks
 
 
 def standard_library() -> list[str]:
@@ -51,17 +61,19 @@ def read_rows(path: str):
 def read_files(files: list[str]):
     """Yields {"text": text or None} for each document of the files."""
     for path in files:
-        yield from read_rows(path)
+        with exit_on_error(f"cannot read {path}"):
+            yield from read_rows(path)
 
 
 def load_documents(files: list[str], source: str):
     """Returns a datasets.IterableDataset with one column, of local files or a source on the web."""
     import datasets
 
-    if files:
-        return datasets.IterableDataset.from_generator(read_files, gen_kwargs={"files": files})
-    arguments = {"data_files": source, "columns": ["text"]}  # no other column is downloaded
-    return datasets.load_dataset("parquet", split="train", streaming=True, **arguments)
+    with exit_on_error(f"cannot load {source}"):
+        if files:
+            return datasets.IterableDataset.from_generator(read_files, gen_kwargs={"files": files})
+        arguments = {"data_files": source, "columns": ["text"]}  # no other column is downloaded
+        return datasets.load_dataset("parquet", split="train", streaming=True, **arguments)
 
 
 @functools.cache
@@ -71,7 +83,8 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         ranks = {bytes([value]): value for value in range(256)}
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,64}", mergeable_ranks=ranks,
             special_tokens={"<|endoftext|>": 256})  # longer ones are slow (quadratic)  # fmt: skip
-    return tiktoken.get_encoding(name)
+    with exit_on_error(f"cannot fetch the {name} vocabulary, nor find it in TIKTOKEN_CACHE_DIR"):
+        return tiktoken.get_encoding(name)
 
 
 def tokenize(texts: list[str | None], encoding: str) -> np.ndarray:
@@ -99,10 +112,11 @@ def tokenize_all(documents, encoding: str, workers: int):
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a temporary file and renames it, so that a file is complete under its own name."""
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    with exit_on_error(f"cannot write {path}"):
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(content)
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
 
 
 def write_shards(stream, prefix: Path, val_tokens: int) -> None:

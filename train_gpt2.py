@@ -1,4 +1,4 @@
-"""Reproduce GPT-2 (124M): the model, the training loop and evaluation in one file.
+"""Reproduce GPT-2 (124M): the model, the training loop, evaluation and sampling in one file.
 
     python train_gpt2.py                        # on one GPU, or small sizes on a CPU
     torchrun --standalone --nproc_per_node=8 train_gpt2.py
@@ -47,19 +47,24 @@ max_lr = 6e-4  # peak learning rate (GPT-3, table 2.1)
 min_lr = 6e-5  # learning rate after the decay
 warmup_steps = 715  # steps of linear warmup; GPT-3's 375M tokens / 2**19
 weight_decay = 0.1  # on weight matrices and embeddings only
-seed = 1337  # of the initialization and the order of the data
+seed = 1337  # of the initialization, the order of the data and samples
 dtype = torch.bfloat16  # of autocast
 use_compile = True  # torch.compile: a minute at the start, then much faster steps
 val_interval = 250  # steps between validations
 val_tokens = 20 * 2**19  # tokens per validation, independent of the number of ranks
+sample_interval = 250  # steps between samples
+sample_prompt = "Hello, I'm a language model,"
+num_samples = 4
+max_new_tokens = 24  # tokens per sample
 
 if not torch.cuda.is_available():  # a small network on bytes: all parts of a run in a minute
     gpt_config = GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96)
     data_dir = "demo_data"
     total_batch_size, B, T, max_steps = 24 * 128, 12, 128, 200
     max_lr, min_lr, warmup_steps = 3e-3, 3e-4, 20
-    dtype, use_compile = torch.float32, False
-    val_interval, val_tokens = 50, 20_000
+    dtype, use_compile, sample_prompt = torch.float32, False, "def "
+    val_interval = sample_interval = 50
+    val_tokens = 20_000
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -172,7 +177,7 @@ class GPT(nn.Module):
         """Append max_new_tokens tokens to idx (B, T), each sampled from the top_k most likely."""
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])  # (B, T, vocab_size)
-            probs = F.softmax(logits[:, -1], dim=-1)  # (B, vocab_size)
+            probs = F.softmax(logits[:, -1].float(), dim=-1)  # (B, vocab_size)
             topk_probs, topk_indices = probs.topk(top_k)  # (B, top_k)
             ix = torch.multinomial(topk_probs, 1, generator=generator)  # (B, 1)
             idx = torch.cat((idx, topk_indices.gather(-1, ix)), dim=1)
@@ -261,6 +266,11 @@ def prepare_demo_data():
         fineweb.main([], dataset="stdlib", out=data_dir)
 
 
+def get_encoding_for(vocab_size: int):
+    """The tiktoken encoding that a vocabulary size belongs to."""
+    return fineweb.get_encoding("bytes" if vocab_size == 257 else "gpt2")
+
+
 # ---- learning rate schedule --------------------------------------------------------------------
 def get_lr(step: int) -> float:
     """The learning rate of a step: linear warmup, then cosine decay to min_lr."""
@@ -289,6 +299,16 @@ def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str)
     model.train()
     (loss_sum,) = sum_over_ranks(loss_sum, device=device)
     return loss_sum / (n_sequences * val_loader.T)
+
+
+def sample_texts(model: GPT, enc, prompt: str):
+    """Yield num_samples continuations of the prompt, each with the prompt."""
+    idx = torch.tensor([enc.encode(prompt)], device=model.lm_head.weight.device)  # (1, T)
+    model.eval()
+    for i in range(num_samples):
+        generator = torch.Generator(idx.device).manual_seed(seed + i)
+        yield enc.decode(model.generate(idx, max_new_tokens, generator=generator)[0].tolist())
+    model.train()
 
 
 # ---- devices and DDP ---------------------------------------------------------------------------
@@ -341,7 +361,7 @@ def train():
     raw_model.to(device)
     n_params = sum(p.numel() for p in raw_model.parameters())
     autocast = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
-    # model is compiled and wrapped in DDP; raw_model has the same weights, with GPT's names
+    # model is compiled and wrapped in DDP; raw_model is for all that has other shapes
     model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
     if ddp:
         device_ids = [ddp_local_rank] if device_type == "cuda" else None
@@ -349,6 +369,7 @@ def train():
     # data
     train_loader = DataLoaderLite("train", B, T, ddp_rank, ddp_world_size)
     val_loader = DataLoaderLite("val", B, T, ddp_rank, ddp_world_size)
+    enc = get_encoding_for(gpt_config.vocab_size)
     optimizer = raw_model.configure_optimizers()
     if master_process:
         epochs = max_steps * train_loader.sequences_per_step / train_loader.n_sequences
@@ -362,6 +383,9 @@ def train():
                 val_loss = evaluate_loss(model, val_loader, val_tokens, device)
                 if master_process:
                     print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
+            if is_due(sample_interval, step, last_step) and master_process:
+                for text in sample_texts(raw_model, enc, sample_prompt):
+                    print(f"step {step:5d} | sample: {text}", flush=True)
         if last_step:
             break
 
