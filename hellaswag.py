@@ -1,0 +1,69 @@
+"""Evaluates a language model on HellaSwag: which of four endings completes a text?
+
+The validation set has 10,042 examples of a context and four endings. A human wrote one ending; a
+model generated the others, selected to fool classifiers (Zellers et al. 2019, arXiv:1905.07830).
+Small models cannot answer multiple-choice questions, so each ending is scored as a continuation of
+the context, and the most likely one is the model's choice. Random guessing scores 0.25.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import tiktoken
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+PATH = "hellaswag/hellaswag_val.jsonl"
+
+
+def download(path: str | Path = PATH):
+    """Downloads the official file to `path` if absent. Exits with a one-line message on failure."""
+    path = Path(path)
+    if path.exists():
+        return
+    try:
+        with urllib.request.urlopen(URL, timeout=60) as response:
+            data = response.read()  # raises IncompleteRead if the connection breaks
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != SHA256:
+            raise OSError(f"the sha256 of {len(data):,} bytes is {digest}, expected {SHA256}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Rename a temporary file, so that the final name only ever refers to a complete file.
+        tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        tmp.write_bytes(data)
+        os.replace(tmp, path)
+    except (OSError, http.client.HTTPException) as error:
+        advice = f"fetch {URL} by hand and put it there"
+        raise SystemExit(f"cannot download {path} ({error}): {advice}") from None
+
+
+def iterate_examples(path: str | Path = PATH) -> Iterator[dict]:
+    """Yields the examples of a JSON lines file, which is downloaded first if it is absent."""
+    download(path)
+    yield from map(json.loads, Path(path).read_bytes().splitlines())
+
+
+class RenderedExample(NamedTuple):
+    tokens: torch.Tensor  # (4, N) int64, each row is the context and one ending, padded with 0
+    mask: torch.Tensor  # (4, N) int64, 1 at the tokens of the ending
+    label: int  # index of the correct ending
+
+
+def render_example(example: dict, enc: tiktoken.Encoding) -> RenderedExample:
+    """Tokenizes an example: four rows, which begin with the same context."""
+    # GPT-2's tokens include the space before a word, so the two can be encoded separately.
+    ctx_tokens = enc.encode_ordinary(example["ctx"])
+    end_tokens = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
+    rows = [torch.tensor(ctx_tokens + tokens) for tokens in end_tokens]
+    tokens = pad_sequence(rows, batch_first=True)  # (4, N)
+    rows = [torch.tensor([0] * len(ctx_tokens) + [1] * len(tokens)) for tokens in end_tokens]
+    mask = pad_sequence(rows, batch_first=True)  # (4, N)
+    return RenderedExample(tokens, mask, example["label"])
