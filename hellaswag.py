@@ -10,13 +10,16 @@ import hashlib
 import http.client
 import json
 import os
+import random
+import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import tiktoken
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -51,6 +54,23 @@ def iterate_examples(path: str | Path = PATH) -> Iterator[dict]:
     yield from map(json.loads, Path(path).read_bytes().splitlines())
 
 
+def make_examples(documents: list[str], count: int, context_chars=112, ending_chars=15, seed=0):
+    """Returns `count` examples from held-out code: which of four indented lines is next?
+    An example has 112 + 1 + 15 = 128 bytes of ASCII. Exits if there are too few passages."""
+    # The space is the one that render_example() adds. A lookahead finds overlapping passages.
+    passage = re.compile(rf"(?s)(?=(.{{{context_chars - 1}}}\n) (.{{{ending_chars}}}))")
+    matches = [match for text in documents if text.isascii() for match in passage.findall(text)]
+    contexts = {ending: ctx for ctx, ending in matches}  # a dict: the endings are distinct
+    if len(contexts) < 4:
+        raise SystemExit(f"{len(documents)} held-out documents have fewer than 4 passages of code")
+    rng, examples = random.Random(seed), []
+    for _ in range(count):
+        endings, label = rng.sample(list(contexts), 4), rng.randrange(4)
+        example = {"activity_label": "code", "ctx": contexts[endings[label]]}
+        examples.append(example | {"endings": endings, "label": label})
+    return examples
+
+
 class RenderedExample(NamedTuple):
     tokens: torch.Tensor  # (4, N) int64, each row is the context and one ending, padded with 0
     mask: torch.Tensor  # (4, N) int64, 1 at the tokens of the ending
@@ -67,3 +87,32 @@ def render_example(example: dict, enc: tiktoken.Encoding) -> RenderedExample:
     rows = [torch.tensor([0] * len(ctx_tokens) + [1] * len(tokens)) for tokens in end_tokens]
     mask = pad_sequence(rows, batch_first=True)  # (4, N)
     return RenderedExample(tokens, mask, example["label"])
+
+
+def prepare(
+    examples: Iterable[dict], enc: tiktoken.Encoding, block_size: int
+) -> list[RenderedExample]:
+    """Renders the examples and sorts them, longest first: the rows of a batch then have similar
+    lengths, and the first batch needs the most memory. Contexts are truncated on the left to fit
+    into block_size. Exits with a one-line message if nothing remains of a context."""
+    rendered = []
+    for example in examples:
+        tokens, mask, label = render_example(example, enc)
+        # The four endings lose the same part of the context, so they stay comparable.
+        tokens, mask = tokens[:, -block_size:], mask[:, -block_size:]
+        if mask[:, 0].any():
+            raise SystemExit(f"block_size {block_size} leaves no context in {str(example)[:200]}")
+        rendered.append(RenderedExample(tokens, mask, label))
+    return sorted(rendered, key=lambda example: example.tokens.size(1), reverse=True)
+
+
+def get_sum_loss(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sums the cross-entropy of each row's masked tokens: (R, N), (R, N) to (R,) float64."""
+    shift_tokens, shift_mask = tokens[:, 1:], mask[:, 1:] == 1  # (R, N-1)
+    x = model.hidden(tokens)[:, :-1]  # (R, N-1, C)
+    # The vocabulary is large: compute logits at the S scored positions only.
+    logits = model.logits(x[shift_mask])  # (S, vocab_size)
+    losses = F.cross_entropy(logits.float(), shift_tokens[shift_mask], reduction="none")  # (S,)
+    rows = shift_mask.nonzero()[:, 0].cpu()  # (S,)
+    # float64, so that the sum does not depend on the batch; on the CPU, since MPS lacks float64
+    return torch.zeros(len(tokens), dtype=torch.float64).index_add(0, rows, losses.cpu().double())

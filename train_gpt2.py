@@ -153,9 +153,8 @@ class GPT(nn.Module):
                     std /= math.sqrt(2 * self.config.n_layer)
                 p.normal_(std=std)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
-        """Logits (B, T, vocab_size) of the next token for idx (B, T) int64, T <= block_size; with
-        targets (B, T) int64 also the mean cross-entropy in nats, else None."""
+    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
+        """The input of lm_head, (B, T, C), for tokens idx (B, T) int64."""
         T, block_size = idx.size(1), self.config.block_size
         assert T <= block_size, f"{T} tokens, but block_size is {block_size}"
         pos = torch.arange(T, device=idx.device)  # (T,)
@@ -164,9 +163,16 @@ class GPT(nn.Module):
         x = tok_emb + pos_emb
         for block in self.transformer.h:
             x = block(x)  # (B, T, C)
-        x = self.transformer.ln_f(x)
-        # without the columns that pad the vocabulary; a view: nothing is copied
-        logits = self.lm_head(x)[..., : self.config.vocab_size]
+        return self.transformer.ln_f(x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., C) to (..., vocab_size): without the columns that pad the vocabulary."""
+        return self.lm_head(x)[..., : self.config.vocab_size]  # a view: nothing is copied
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
+        """Logits (B, T, vocab_size) of the next token for idx (B, T) int64, T <= block_size; with
+        targets (B, T) int64 also the mean cross-entropy in nats, else None."""
+        logits = self.logits(self.hidden(idx))
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.flatten())
@@ -176,8 +182,8 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, top_k=50, generator=None):
         """Append max_new_tokens tokens to idx (B, T), each sampled from the top_k most likely."""
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])  # (B, T, vocab_size)
-            probs = F.softmax(logits[:, -1].float(), dim=-1)  # (B, vocab_size)
+            logits = self.logits(self.hidden(idx[:, -self.config.block_size :])[:, -1])
+            probs = F.softmax(logits.float(), dim=-1)  # (B, vocab_size)
             topk_probs, topk_indices = probs.topk(top_k)  # (B, top_k)
             ix = torch.multinomial(topk_probs, 1, generator=generator)  # (B, 1)
             idx = torch.cat((idx, topk_indices.gather(-1, ix)), dim=1)
