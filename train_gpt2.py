@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import fineweb
+import hellaswag
 
 
 # ---- hyperparameters ---------------------------------------------------------------------------
@@ -52,6 +53,8 @@ dtype = torch.bfloat16  # of autocast
 use_compile = True  # torch.compile: a minute at the start, then much faster steps
 val_interval = 250  # steps between validations
 val_tokens = 20 * 2**19  # tokens per validation, independent of the number of ranks
+hellaswag_interval = 250  # steps between evaluations on HellaSwag
+hellaswag_file = hellaswag.PATH  # its questions; downloaded if absent
 sample_interval = 250  # steps between samples
 sample_prompt = "Hello, I'm a language model,"
 num_samples = 4
@@ -59,11 +62,11 @@ max_new_tokens = 24  # tokens per sample
 
 if not torch.cuda.is_available():  # a small network on bytes: all parts of a run in a minute
     gpt_config = GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96)
-    data_dir = "demo_data"
+    data_dir, hellaswag_file = "demo_data", "demo_data/next_line.jsonl"
     total_batch_size, B, T, max_steps = 24 * 128, 12, 128, 200
     max_lr, min_lr, warmup_steps = 3e-3, 3e-4, 20
     dtype, use_compile, sample_prompt = torch.float32, False, "def "
-    val_interval = sample_interval = 50
+    val_interval = hellaswag_interval = sample_interval = 50
     val_tokens = 20_000
 
 
@@ -267,9 +270,15 @@ class DataLoaderLite:
 
 
 def prepare_demo_data():
-    """Make the demo's data: Python's standard library as bytes."""
-    if not any(Path(data_dir).glob("*_train_*.npy")):
-        fineweb.main([], dataset="stdlib", out=data_dir)
+    """Make the demo's data: Python's standard library as bytes, and questions about it."""
+    if Path(hellaswag_file).exists():
+        return
+    fineweb.main([], dataset="stdlib", out=data_dir)
+    # in HellaSwag's form, on held-out code: which of four lines comes next?
+    shards = fineweb.open_shards(data_dir, "val")
+    text = fineweb.get_encoding("bytes").decode(np.concatenate(shards).tolist())
+    examples = hellaswag.make_examples(text.split("<|endoftext|>"), 200)
+    fineweb.write_file(Path(hellaswag_file), "\n".join(map(json.dumps, examples)).encode())
 
 
 def get_encoding_for(vocab_size: int):
@@ -376,6 +385,7 @@ def train():
     train_loader = DataLoaderLite("train", B, T, ddp_rank, ddp_world_size)
     val_loader = DataLoaderLite("val", B, T, ddp_rank, ddp_world_size)
     enc = get_encoding_for(gpt_config.vocab_size)
+    examples = hellaswag.prepare(hellaswag.iterate_examples(hellaswag_file), enc, T)
     optimizer = raw_model.configure_optimizers()
     if master_process:
         epochs = max_steps * train_loader.sequences_per_step / train_loader.n_sequences
@@ -389,6 +399,11 @@ def train():
                 val_loss = evaluate_loss(model, val_loader, val_tokens, device)
                 if master_process:
                     print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
+            if is_due(hellaswag_interval, step, last_step):
+                counts = hellaswag.evaluate(raw_model, examples, ddp_rank, ddp_world_size)
+                _, num_correct_norm, num_total = sum_over_ranks(*counts, device=device)
+                if master_process:
+                    print(f"step {step:5d} | hella {num_correct_norm / num_total:.4f}", flush=True)
             if is_due(sample_interval, step, last_step) and master_process:
                 for text in sample_texts(raw_model, enc, sample_prompt):
                     print(f"step {step:5d} | sample: {text}", flush=True)

@@ -1,5 +1,6 @@
 """Tests of train_gpt2.py. They compare with numpy, and one process with two."""
 
+import json
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ SMALL = {
     "gpt_config": GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32),
     "total_batch_size": 8 * 16, "B": 2, "T": 16, "max_steps": 5, "warmup_steps": 2,
     "val_interval": 2, "val_tokens": 7 * 16,
+    "hellaswag_interval": 2, "hellaswag_file": "questions.jsonl",
 }  # fmt: skip
 
 
@@ -51,21 +53,24 @@ def test_every_sequence_is_read_once_per_epoch(tmp_path, monkeypatch):
 
 
 def run(folder, ranks=1, **constants):
-    """Trains in new processes. Returns the numbers that it prints after "loss" and after "val"."""
+    """Trains in new processes. Returns what it prints after "loss", "val" and "hella"."""
     folder.mkdir(exist_ok=True)
+    question = {"ctx": "One, two,", "endings": ["three", "four", "2", "2, 2"]}
+    questions = [question | {"label": i % 4} for i in range(5)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     script = "import train_gpt2\nfrom train_gpt2 import GPTConfig\n"
     script += f"vars(train_gpt2).update({SMALL | constants})\ntrain_gpt2.train()\n"
     (folder / "run.py").write_text(script)
     env = os.environ | {"PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""}
     torchrun = f"torch.distributed.run --standalone --nproc_per_node {ranks} run.py".split()
     out = subprocess.check_output([sys.executable, "-m", *torchrun], cwd=folder, env=env, text=True)
-    return [list(map(float, re.findall(rf"{w} (\d\S+)", out))) for w in ("loss", "val")]
+    return [list(map(float, re.findall(rf"{w} (\d\S+)", out))) for w in ("loss", "val", "hella")]
 
 
 def test_two_ranks_have_the_losses_of_one(tmp_path):
     write_shards(tmp_path, [200, 500, 900], vocab_size=257)
     one = run(tmp_path / "one", data_dir=str(tmp_path))
     two = run(tmp_path / "two", ranks=2, data_dir=str(tmp_path))
-    assert [len(losses) for losses in one] == [5, 4], "also validated after the last update"
+    assert [len(losses) for losses in one] == [5, 4, 4], "also evaluated after the last update"
     for losses, expected in zip(two, one, strict=True):
         assert losses == pytest.approx(expected, abs=2e-4)  # printed with four digits
