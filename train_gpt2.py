@@ -59,6 +59,7 @@ sample_interval = 250  # steps between samples
 sample_prompt = "Hello, I'm a language model,"
 num_samples = 4
 max_new_tokens = 24  # tokens per sample
+log_dir = Path("log")  # folder of log.txt
 
 if not torch.cuda.is_available():  # a small network on bytes: all parts of a run in a minute
     gpt_config = GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96)
@@ -388,10 +389,16 @@ def train():
     examples = hellaswag.prepare(hellaswag.iterate_examples(hellaswag_file), enc, T)
     optimizer = raw_model.configure_optimizers()
     if master_process:
+        log_dir.mkdir(exist_ok=True)
         epochs = max_steps * train_loader.sequences_per_step / train_loader.n_sequences
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
-        print(f"{n_params:,} parameters | {device} | {dtype}")
+        print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype}")
         print(f"{total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
+
+    def write_log(step: int, stream: str, value: float):
+        with open(log_dir / "log.txt", "a") as file:
+            file.write(f"{step} {stream} {value:.6f}\n")
+
     for step in range(max_steps + 1):
         last_step = step == max_steps
         with autocast:
@@ -399,11 +406,13 @@ def train():
                 val_loss = evaluate_loss(model, val_loader, val_tokens, device)
                 if master_process:
                     print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
+                    write_log(step, "val", val_loss)
             if is_due(hellaswag_interval, step, last_step):
                 counts = hellaswag.evaluate(raw_model, examples, ddp_rank, ddp_world_size)
                 _, num_correct_norm, num_total = sum_over_ranks(*counts, device=device)
                 if master_process:
                     print(f"step {step:5d} | hella {num_correct_norm / num_total:.4f}", flush=True)
+                    write_log(step, "hella", num_correct_norm / num_total)
             if is_due(sample_interval, step, last_step) and master_process:
                 for text in sample_texts(raw_model, enc, sample_prompt):
                     print(f"step {step:5d} | sample: {text}", flush=True)
@@ -437,6 +446,7 @@ def train():
             torch.cuda.synchronize()  # wait for the GPU to finish the step
         dt = time.time() - t0  # in seconds
         if master_process:
+            write_log(step, "train", loss_accum.item())
             tokens_per_sec = total_batch_size / dt
             line = f"step {step:5d} | loss {loss_accum.item():.4f} | lr {lr:.2e} | "
             line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
