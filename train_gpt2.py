@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,8 @@ sample_interval = 250  # steps between samples
 sample_prompt = "Hello, I'm a language model,"
 num_samples = 4
 max_new_tokens = 24  # tokens per sample
-log_dir = Path("log")  # folder of log.txt
+checkpoint_interval = 5000  # steps between checkpoints, 1.5 GB each
+log_dir = Path("log")  # folder of log.txt and the checkpoints
 
 if not torch.cuda.is_available():  # a small network on bytes: all parts of a run in a minute
     gpt_config = GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96)
@@ -67,7 +68,7 @@ if not torch.cuda.is_available():  # a small network on bytes: all parts of a ru
     total_batch_size, B, T, max_steps = 24 * 128, 12, 128, 200
     max_lr, min_lr, warmup_steps = 3e-3, 3e-4, 20
     dtype, use_compile, sample_prompt = torch.float32, False, "def "
-    val_interval = hellaswag_interval = sample_interval = 50
+    val_interval = hellaswag_interval = sample_interval = checkpoint_interval = 50
     val_tokens = 20_000
 
 
@@ -350,7 +351,7 @@ def is_due(interval: int, step: int, last_step: bool) -> bool:
 
 
 def train():
-    """Train a model."""
+    """Train a model. Continues from the newest checkpoint in log_dir, if there is one."""
     # set up DDP; torchrun sets these environment variables
     ddp = "RANK" in os.environ
     ddp_rank = int(os.environ.get("RANK", 0))
@@ -387,20 +388,35 @@ def train():
     val_loader = DataLoaderLite("val", B, T, ddp_rank, ddp_world_size)
     enc = get_encoding_for(gpt_config.vocab_size)
     examples = hellaswag.prepare(hellaswag.iterate_examples(hellaswag_file), enc, T)
+    # optimizer
     optimizer = raw_model.configure_optimizers()
+    first_step = 0
+    checkpoints = sorted(log_dir.glob("step_*.pt"))
+    if checkpoints:
+        checkpoint = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
+        raw_model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first_step = checkpoint["step"]
+        del checkpoint
     if master_process:
         log_dir.mkdir(exist_ok=True)
         epochs = max_steps * train_loader.sequences_per_step / train_loader.n_sequences
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
-        print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype}")
+        print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
         print(f"{total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
 
     def write_log(step: int, stream: str, value: float):
         with open(log_dir / "log.txt", "a") as file:
             file.write(f"{step} {stream} {value:.6f}\n")
 
-    for step in range(max_steps + 1):
+    for step in range(first_step, max_steps + 1):
         last_step = step == max_steps
+        # save before evaluating: a run that is resumed from here repeats this step's evaluations
+        if master_process and is_due(checkpoint_interval, step, last_step) and step > first_step:
+            checkpoint = {"step": step, "gpt": asdict(gpt_config), "model": raw_model.state_dict()}
+            checkpoint |= {"optimizer": optimizer.state_dict()}
+            torch.save(checkpoint, log_dir / "checkpoint.tmp")
+            os.replace(log_dir / "checkpoint.tmp", log_dir / f"step_{step:06d}.pt")
         with autocast:
             if is_due(val_interval, step, last_step):
                 val_loss = evaluate_loss(model, val_loader, val_tokens, device)

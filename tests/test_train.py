@@ -1,4 +1,5 @@
-"""Tests of train_gpt2.py. They compare with numpy, and one process with two."""
+"""Tests of train_gpt2.py. They compare with numpy, one process with two, and one
+run with one that is resumed."""
 
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import train_gpt2
 from train_gpt2 import DataLoaderLite, GPTConfig
@@ -74,3 +76,21 @@ def test_two_ranks_have_the_losses_of_one(tmp_path):
     assert [len(losses) for losses in one] == [5, 4, 4], "also evaluated after the last update"
     for losses, expected in zip(two, one, strict=True):
         assert losses == pytest.approx(expected, abs=2e-4)  # printed with four digits
+
+
+def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path):
+    write_shards(tmp_path, [200, 500, 900], vocab_size=257)
+    constants = {"data_dir": str(tmp_path), "checkpoint_interval": 2}
+    losses, *_ = run(tmp_path / "run", **constants)
+    checkpoints = sorted((tmp_path / "run" / "log").glob("step_*.pt"))
+    assert [path.stem for path in checkpoints] == ["step_000002", "step_000004", "step_000005"]
+    expected = torch.load(checkpoints[-1], weights_only=True)["model"]
+    for path in checkpoints[1:]:
+        path.unlink()
+    resumed_losses, *_ = run(tmp_path / "run", **constants)
+    assert resumed_losses == losses[2:]
+    weights = torch.load(checkpoints[-1], weights_only=True)["model"]
+    assert all(torch.equal(weights[name], w) for name, w in expected.items())
+    log = (tmp_path / "run" / "log" / "log.txt").read_text().splitlines()
+    steps = [int(line.split()[0]) for line in log if "train" in line]
+    assert steps == [0, 1, 2, 3, 4, 2, 3, 4], "appended"
