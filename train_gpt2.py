@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,37 +39,42 @@ class GPTConfig:
     n_embd: int = 768  # channels
 
 
-gpt_config = GPTConfig()
-data_dir = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
-total_batch_size = 2**19  # tokens per step, over all ranks; about 0.5M, as for GPT-3
-B, T = 64, 1024  # sequences per forward pass, tokens per sequence
-max_steps = 19_073  # optimizer steps; 10B tokens / 2**19
-max_lr = 6e-4  # peak learning rate (GPT-3, table 2.1)
-min_lr = 6e-5  # learning rate after the decay
-warmup_steps = 715  # steps of linear warmup; GPT-3's 375M tokens / 2**19
-weight_decay = 0.1  # on weight matrices and embeddings only
-seed = 1337  # of the initialization, the order of the data and samples
-dtype = torch.bfloat16  # of autocast
-use_compile = True  # torch.compile: a minute at the start, then much faster steps
-val_interval = 250  # steps between validations
-val_tokens = 20 * 2**19  # tokens per validation, independent of the number of ranks
-hellaswag_interval = 250  # steps between evaluations on HellaSwag
-hellaswag_file = hellaswag.PATH  # its questions; downloaded if absent
-sample_interval = 250  # steps between samples
-sample_prompt = "Hello, I'm a language model,"
-num_samples = 4
-max_new_tokens = 24  # tokens per sample
-checkpoint_interval = 5000  # steps between checkpoints, 1.5 GB each
-log_dir = Path("log")  # folder of log.txt and the checkpoints
+@dataclass(frozen=True)
+class Config:
+    """A run: the network, and how it is trained. The defaults reproduce GPT-2 124M."""
 
-if not torch.cuda.is_available():  # a small network on bytes: all parts of a run in a minute
-    gpt_config = GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96)
-    data_dir, hellaswag_file = "demo_data", "demo_data/next_line.jsonl"
-    total_batch_size, B, T, max_steps = 24 * 128, 12, 128, 200
-    max_lr, min_lr, warmup_steps = 3e-3, 3e-4, 20
-    dtype, use_compile, sample_prompt = torch.float32, False, "def "
-    val_interval = hellaswag_interval = sample_interval = checkpoint_interval = 50
-    val_tokens = 20_000
+    gpt: GPTConfig = GPTConfig()
+    data_dir: str = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
+    total_batch_size: int = 2**19  # tokens per step, over all ranks; about 0.5M, as for GPT-3
+    micro_batch_size: int = 64  # B, sequences per forward pass; same losses
+    max_steps: int = 19_073  # optimizer steps; 10B tokens / 2**19
+    lr: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
+    min_lr: float = 6e-5  # learning rate after the decay
+    warmup_steps: int = 715  # steps of linear warmup; GPT-3's 375M tokens / 2**19
+    weight_decay: float = 0.1  # on weight matrices and embeddings only
+    seed: int = 1337  # of the initialization, the order of the data and samples
+    dtype: str = "bfloat16"  # of autocast
+    compile: bool = True  # torch.compile: a minute at the start, then much faster steps
+    val_interval: int = 250  # steps between validations
+    val_tokens: int = 20 * 2**19  # tokens per validation, independent of the number of ranks
+    hellaswag_interval: int = 250  # steps between evaluations on HellaSwag
+    hellaswag_file: str = hellaswag.PATH  # its questions; downloaded if absent
+    sample_interval: int = 250  # steps between samples
+    sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples during training
+    checkpoint_interval: int = 5000  # steps between checkpoints, 1.5 GB each for GPT-2 124M
+    log_dir: str = "log"  # folder of log.txt and the checkpoints
+    num_samples: int = 4  # samples at a time
+    max_new_tokens: int = 24  # tokens per sample
+
+
+# bytes as tokens; too small for torch.compile to save time on a CPU
+DEMO = Config(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96))
+DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.jsonl")
+DEMO = replace(DEMO, total_batch_size=24 * 128, micro_batch_size=12, max_steps=200, compile=False)
+DEMO = replace(DEMO, lr=3e-3, min_lr=3e-4, warmup_steps=20, val_interval=50, hellaswag_interval=50)
+DEMO = replace(DEMO, val_tokens=20_000, dtype="float32", sample_prompt="def ")
+DEMO = replace(DEMO, sample_interval=50, checkpoint_interval=50)
+config = Config() if torch.cuda.is_available() else DEMO
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -221,10 +226,10 @@ class GPT(nn.Module):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW. Biases and LayerNorms do not decay."""
         params = list(self.parameters())
-        decay = {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay}
+        decay = {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay}
         no_decay = {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}
-        betas = (0.9, 0.95)
-        return torch.optim.AdamW([decay, no_decay], lr=max_lr, betas=betas, eps=1e-8, fused=True)
+        groups, betas = [decay, no_decay], (0.9, 0.95)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=True)
 
 
 # OpenAI's release stores these as (in, out), nn.Linear as (out, in)
@@ -245,8 +250,8 @@ class DataLoaderLite:
     def __init__(self, split: str, B: int, T: int, ddp_rank: int, ddp_world_size: int):
         self.B, self.T = B, T
         self.ddp_rank, self.ddp_world_size = ddp_rank, ddp_world_size
-        self.sequences_per_step = total_batch_size // T
-        self.shards = fineweb.open_shards(data_dir, split)
+        self.sequences_per_step = config.total_batch_size // T
+        self.shards = fineweb.open_shards(config.data_dir, split)
         # a sequence is T + 1 tokens of one shard; its last token is the first of the next sequence
         self.ends = np.cumsum([max(0, len(shard) - 1) // T for shard in self.shards])
         self.n_sequences = int(self.ends[-1])
@@ -267,20 +272,20 @@ class DataLoaderLite:
         indices = []
         for n in range(first, first + self.B):
             epoch, i = divmod(step * self.sequences_per_step + n, self.n_sequences)
-            indices.append(int(epoch_order(self.n_sequences, seed, epoch)[i]))
+            indices.append(int(epoch_order(self.n_sequences, config.seed, epoch)[i]))
         return self.sequences(indices)
 
 
 def prepare_demo_data():
     """Make the demo's data: Python's standard library as bytes, and questions about it."""
-    if Path(hellaswag_file).exists():
+    if Path(config.hellaswag_file).exists():
         return
-    fineweb.main([], dataset="stdlib", out=data_dir)
+    fineweb.main([], dataset="stdlib", out=config.data_dir)
     # in HellaSwag's form, on held-out code: which of four lines comes next?
-    shards = fineweb.open_shards(data_dir, "val")
+    shards = fineweb.open_shards(config.data_dir, "val")
     text = fineweb.get_encoding("bytes").decode(np.concatenate(shards).tolist())
     examples = hellaswag.make_examples(text.split("<|endoftext|>"), 200)
-    fineweb.write_file(Path(hellaswag_file), "\n".join(map(json.dumps, examples)).encode())
+    fineweb.write_file(Path(config.hellaswag_file), "\n".join(map(json.dumps, examples)).encode())
 
 
 def get_encoding_for(vocab_size: int):
@@ -291,9 +296,10 @@ def get_encoding_for(vocab_size: int):
 # ---- learning rate schedule --------------------------------------------------------------------
 def get_lr(step: int) -> float:
     """The learning rate of a step: linear warmup, then cosine decay to min_lr."""
-    if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps  # + 1: a rate of 0 would waste a step
-    decay_ratio = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    max_lr, min_lr, max_steps = config.lr, config.min_lr, config.max_steps
+    if step < config.warmup_steps:
+        return max_lr * (step + 1) / config.warmup_steps  # + 1: a rate of 0 would waste a step
+    decay_ratio = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
     coeff = 0.5 * (1.0 + math.cos(math.pi * min(1.0, decay_ratio)))  # from 1 to 0
     return min_lr + coeff * (max_lr - min_lr)
 
@@ -322,9 +328,10 @@ def sample_texts(model: GPT, enc, prompt: str):
     """Yield num_samples continuations of the prompt, each with the prompt."""
     idx = torch.tensor([enc.encode(prompt)], device=model.lm_head.weight.device)  # (1, T)
     model.eval()
-    for i in range(num_samples):
-        generator = torch.Generator(idx.device).manual_seed(seed + i)
-        yield enc.decode(model.generate(idx, max_new_tokens, generator=generator)[0].tolist())
+    for i in range(config.num_samples):
+        generator = torch.Generator(idx.device).manual_seed(config.seed + i)
+        tokens = model.generate(idx, config.max_new_tokens, generator=generator)[0]
+        yield enc.decode(tokens.tolist())
     model.train()
 
 
@@ -365,32 +372,34 @@ def train():
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ddp:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    assert total_batch_size % (B * T * ddp_world_size) == 0
-    grad_accum_steps = total_batch_size // (B * T * ddp_world_size)
-    if master_process and data_dir == "demo_data":
+    B, T = config.micro_batch_size, config.gpt.block_size
+    assert config.total_batch_size % (B * T * ddp_world_size) == 0
+    grad_accum_steps = config.total_batch_size // (B * T * ddp_world_size)
+    if master_process and config.data_dir == "demo_data":
         prepare_demo_data()
     if ddp:
         dist.barrier()  # the other ranks wait here for rank 0
 
     # model
-    torch.manual_seed(seed)
-    raw_model = GPT(gpt_config)
+    torch.manual_seed(config.seed)
+    raw_model = GPT(config.gpt)
     raw_model.to(device)
     n_params = sum(p.numel() for p in raw_model.parameters())
+    dtype = getattr(torch, config.dtype)
     autocast = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
     # model is compiled and wrapped in DDP; raw_model is for all that has other shapes
-    model = torch.compile(raw_model, dynamic=False) if use_compile else raw_model
+    model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     if ddp:
         device_ids = [ddp_local_rank] if device_type == "cuda" else None
         model = DDP(model, device_ids=device_ids)
     # data
     train_loader = DataLoaderLite("train", B, T, ddp_rank, ddp_world_size)
     val_loader = DataLoaderLite("val", B, T, ddp_rank, ddp_world_size)
-    enc = get_encoding_for(gpt_config.vocab_size)
-    examples = hellaswag.prepare(hellaswag.iterate_examples(hellaswag_file), enc, T)
+    enc = get_encoding_for(config.gpt.vocab_size)
+    examples = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T)
     # optimizer
     optimizer = raw_model.configure_optimizers()
-    first_step = 0
+    log_dir, first_step = Path(config.log_dir), 0
     checkpoints = sorted(log_dir.glob("step_*.pt"))
     if checkpoints:
         checkpoint = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
@@ -400,37 +409,38 @@ def train():
         del checkpoint
     if master_process:
         log_dir.mkdir(exist_ok=True)
-        epochs = max_steps * train_loader.sequences_per_step / train_loader.n_sequences
+        epochs = config.max_steps * train_loader.sequences_per_step / train_loader.n_sequences
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
-        print(f"{total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
+        print(f"{config.total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
 
     def write_log(step: int, stream: str, value: float):
         with open(log_dir / "log.txt", "a") as file:
             file.write(f"{step} {stream} {value:.6f}\n")
 
-    for step in range(first_step, max_steps + 1):
-        last_step = step == max_steps
+    for step in range(first_step, config.max_steps + 1):
+        last_step = step == config.max_steps
         # save before evaluating: a run that is resumed from here repeats this step's evaluations
-        if master_process and is_due(checkpoint_interval, step, last_step) and step > first_step:
-            checkpoint = {"step": step, "gpt": asdict(gpt_config), "model": raw_model.state_dict()}
+        save = is_due(config.checkpoint_interval, step, last_step)
+        if master_process and save and step > first_step:
+            checkpoint = {"step": step, "gpt": asdict(config.gpt), "model": raw_model.state_dict()}
             checkpoint |= {"optimizer": optimizer.state_dict()}
             torch.save(checkpoint, log_dir / "checkpoint.tmp")
             os.replace(log_dir / "checkpoint.tmp", log_dir / f"step_{step:06d}.pt")
         with autocast:
-            if is_due(val_interval, step, last_step):
-                val_loss = evaluate_loss(model, val_loader, val_tokens, device)
+            if is_due(config.val_interval, step, last_step):
+                val_loss = evaluate_loss(model, val_loader, config.val_tokens, device)
                 if master_process:
                     print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
                     write_log(step, "val", val_loss)
-            if is_due(hellaswag_interval, step, last_step):
+            if is_due(config.hellaswag_interval, step, last_step):
                 counts = hellaswag.evaluate(raw_model, examples, ddp_rank, ddp_world_size)
                 _, num_correct_norm, num_total = sum_over_ranks(*counts, device=device)
                 if master_process:
                     print(f"step {step:5d} | hella {num_correct_norm / num_total:.4f}", flush=True)
                     write_log(step, "hella", num_correct_norm / num_total)
-            if is_due(sample_interval, step, last_step) and master_process:
-                for text in sample_texts(raw_model, enc, sample_prompt):
+            if is_due(config.sample_interval, step, last_step) and master_process:
+                for text in sample_texts(raw_model, enc, config.sample_prompt):
                     print(f"step {step:5d} | sample: {text}", flush=True)
         if last_step:
             break
@@ -463,7 +473,7 @@ def train():
         dt = time.time() - t0  # in seconds
         if master_process:
             write_log(step, "train", loss_accum.item())
-            tokens_per_sec = total_batch_size / dt
+            tokens_per_sec = config.total_batch_size / dt
             line = f"step {step:5d} | loss {loss_accum.item():.4f} | lr {lr:.2e} | "
             line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
             print(line, flush=True)

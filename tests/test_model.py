@@ -70,9 +70,8 @@ def test_padded_vocabulary_entries_have_no_effect():
 
 
 def test_learning_rates(monkeypatch):
-    values = {"max_steps": 50, "warmup_steps": 10, "max_lr": 6e-4, "min_lr": 6e-5}
-    for name, value in values.items():
-        monkeypatch.setattr(train_gpt2, name, value)
+    config = train_gpt2.Config(max_steps=50, warmup_steps=10, lr=6e-4, min_lr=6e-5)
+    monkeypatch.setattr(train_gpt2, "config", config)
     expected = {step: 6e-4 * (step + 1) / 10 for step in range(10)}
     for step in range(10, 51):
         cosine = math.cos(math.pi * (step - 10) / 40)  # from 1 to -1

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from train_gpt2 import DataLoaderLite, GPTConfig
 
 ROOT = os.path.dirname(train_gpt2.__file__)
 SMALL = {
-    "gpt_config": GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32),
-    "total_batch_size": 8 * 16, "B": 2, "T": 16, "max_steps": 5, "warmup_steps": 2,
+    "gpt": GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32),
+    "total_batch_size": 8 * 16, "micro_batch_size": 2, "max_steps": 5, "warmup_steps": 2,
     "val_interval": 2, "val_tokens": 7 * 16,
     "hellaswag_interval": 2, "hellaswag_file": "questions.jsonl",
 }  # fmt: skip
@@ -33,8 +34,8 @@ def write_shards(folder, sizes, vocab_size=2**16):
 
 
 def test_every_sequence_is_read_once_per_epoch(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt2, "data_dir", tmp_path)
-    monkeypatch.setattr(train_gpt2, "total_batch_size", 2 * 2 * 3 * 8)  # 12 sequences
+    config = replace(train_gpt2.DEMO, data_dir=tmp_path, total_batch_size=2 * 2 * 3 * 8)
+    monkeypatch.setattr(train_gpt2, "config", config)  # 12 sequences per step
     _, *train = write_shards(tmp_path, [100, 203, 97, 5, 150])
     expected = [tokens[i] for tokens in train for i in range(0, len(tokens) - 8, 8)]
     loaders = [DataLoaderLite("train", 3, 8, rank, 2) for rank in range(2)]
@@ -54,14 +55,14 @@ def test_every_sequence_is_read_once_per_epoch(tmp_path, monkeypatch):
     assert expected != first != second, "the order is random, and a new one for each epoch"
 
 
-def run(folder, ranks=1, **constants):
+def run(folder, ranks=1, **changes):
     """Trains in new processes. Returns what it prints after "loss", "val" and "hella"."""
     folder.mkdir(exist_ok=True)
     question = {"ctx": "One, two,", "endings": ["three", "four", "2", "2, 2"]}
     questions = [question | {"label": i % 4} for i in range(5)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    script = "import train_gpt2\nfrom train_gpt2 import GPTConfig\n"
-    script += f"vars(train_gpt2).update({SMALL | constants})\ntrain_gpt2.train()\n"
+    script = "from dataclasses import replace\nimport train_gpt2\nfrom train_gpt2 import *\n"
+    script += f"train_gpt2.config = replace(DEMO, **{SMALL | changes})\ntrain()\n"
     (folder / "run.py").write_text(script)
     env = os.environ | {"PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""}
     torchrun = f"torch.distributed.run --standalone --nproc_per_node {ranks} run.py".split()
@@ -80,14 +81,14 @@ def test_two_ranks_have_the_losses_of_one(tmp_path):
 
 def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path):
     write_shards(tmp_path, [200, 500, 900], vocab_size=257)
-    constants = {"data_dir": str(tmp_path), "checkpoint_interval": 2}
-    losses, *_ = run(tmp_path / "run", **constants)
+    changes = {"data_dir": str(tmp_path), "checkpoint_interval": 2}
+    losses, *_ = run(tmp_path / "run", **changes)
     checkpoints = sorted((tmp_path / "run" / "log").glob("step_*.pt"))
     assert [path.stem for path in checkpoints] == ["step_000002", "step_000004", "step_000005"]
     expected = torch.load(checkpoints[-1], weights_only=True)["model"]
     for path in checkpoints[1:]:
         path.unlink()
-    resumed_losses, *_ = run(tmp_path / "run", **constants)
+    resumed_losses, *_ = run(tmp_path / "run", **changes)
     assert resumed_losses == losses[2:]
     weights = torch.load(checkpoints[-1], weights_only=True)["model"]
     assert all(torch.equal(weights[name], w) for name, w in expected.items())
