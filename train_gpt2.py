@@ -1,7 +1,9 @@
 """Reproduce GPT-2 (124M): the model, the training loop, evaluation and sampling in one file.
 
-    python train_gpt2.py                        # on one GPU, or small sizes on a CPU
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py
+    python train_gpt2.py                        # train GPT-2 124M on the shards in edu_fineweb10B/
+    python train_gpt2.py demo                   # a small model, offline, in two minutes on a CPU
+    python train_gpt2.py gpt2 --lr 1e-3         # every hyperparameter is a flag; --help lists them
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
@@ -11,9 +13,11 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -52,10 +56,14 @@ class Config:
     min_lr: float = 6e-5  # learning rate after the decay
     warmup_steps: int = 715  # steps of linear warmup; GPT-3's 375M tokens / 2**19
     weight_decay: float = 0.1  # on weight matrices and embeddings only
+    beta1: float = 0.9  # AdamW: decay rate of the mean of the gradient
+    beta2: float = 0.95  # AdamW: decay rate of the mean of its square
+    grad_clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
+    shuffle: bool = True  # read the sequences in a random order, a new one for each epoch
     seed: int = 1337  # of the initialization, the order of the data and samples
-    dtype: str = "bfloat16"  # of autocast
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of autocast
     compile: bool = True  # torch.compile: a minute at the start, then much faster steps
-    val_interval: int = 250  # steps between validations
+    val_interval: int = 250  # steps between validations; 0: never, as for all intervals
     val_tokens: int = 20 * 2**19  # tokens per validation, independent of the number of ranks
     hellaswag_interval: int = 250  # steps between evaluations on HellaSwag
     hellaswag_file: str = hellaswag.PATH  # its questions; downloaded if absent
@@ -74,7 +82,15 @@ DEMO = replace(DEMO, total_batch_size=24 * 128, micro_batch_size=12, max_steps=2
 DEMO = replace(DEMO, lr=3e-3, min_lr=3e-4, warmup_steps=20, val_interval=50, hellaswag_interval=50)
 DEMO = replace(DEMO, val_tokens=20_000, dtype="float32", sample_prompt="def ")
 DEMO = replace(DEMO, sample_interval=50, checkpoint_interval=50)
-config = Config() if torch.cuda.is_available() else DEMO
+PRESETS = {
+    # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
+    "gpt2": Config(),
+    "gpt2-medium": Config(GPTConfig(n_layer=24, n_head=16, n_embd=1024), lr=3e-4, min_lr=3e-5),
+    "gpt2-large": Config(GPTConfig(n_layer=36, n_head=20, n_embd=1280), lr=2.5e-4, min_lr=2.5e-5),
+    "gpt2-xl": Config(GPTConfig(n_layer=48, n_head=25, n_embd=1600), lr=2e-4, min_lr=2e-5),
+    "demo": DEMO,
+}
+Config.__doc__ += f" Presets: {', '.join(PRESETS)}."  # for --help
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -223,12 +239,12 @@ class GPT(nn.Module):
         model.load_state_dict(state)
         return model
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self, config: Config) -> torch.optim.Optimizer:
         """AdamW. Biases and LayerNorms do not decay."""
         params = list(self.parameters())
         decay = {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay}
         no_decay = {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}
-        groups, betas = [decay, no_decay], (0.9, 0.95)
+        groups, betas = [decay, no_decay], (config.beta1, config.beta2)
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=True)
 
 
@@ -247,13 +263,13 @@ class DataLoaderLite:
     """Batches of token sequences from the shards of a split. The number of a step decides which
     sequences it reads: no state to save, and the same losses for all ranks and micro-batches."""
 
-    def __init__(self, split: str, B: int, T: int, ddp_rank: int, ddp_world_size: int):
-        self.B, self.T = B, T
+    def __init__(self, config: Config, split: str, B: int, ddp_rank: int, ddp_world_size: int):
+        self.B, self.T, self.config = B, config.gpt.block_size, config
         self.ddp_rank, self.ddp_world_size = ddp_rank, ddp_world_size
-        self.sequences_per_step = config.total_batch_size // T
+        self.sequences_per_step = config.total_batch_size // self.T
         self.shards = fineweb.open_shards(config.data_dir, split)
         # a sequence is T + 1 tokens of one shard; its last token is the first of the next sequence
-        self.ends = np.cumsum([max(0, len(shard) - 1) // T for shard in self.shards])
+        self.ends = np.cumsum([max(0, len(shard) - 1) // self.T for shard in self.shards])
         self.n_sequences = int(self.ends[-1])
 
     def sequences(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,11 +288,13 @@ class DataLoaderLite:
         indices = []
         for n in range(first, first + self.B):
             epoch, i = divmod(step * self.sequences_per_step + n, self.n_sequences)
-            indices.append(int(epoch_order(self.n_sequences, config.seed, epoch)[i]))
+            if self.config.shuffle:
+                i = int(epoch_order(self.n_sequences, self.config.seed, epoch)[i])
+            indices.append(i)
         return self.sequences(indices)
 
 
-def prepare_demo_data():
+def prepare_demo_data(config: Config):
     """Make the demo's data: Python's standard library as bytes, and questions about it."""
     if Path(config.hellaswag_file).exists():
         return
@@ -294,7 +312,7 @@ def get_encoding_for(vocab_size: int):
 
 
 # ---- learning rate schedule --------------------------------------------------------------------
-def get_lr(step: int) -> float:
+def get_lr(step: int, config: Config) -> float:
     """The learning rate of a step: linear warmup, then cosine decay to min_lr."""
     max_lr, min_lr, max_steps = config.lr, config.min_lr, config.max_steps
     if step < config.warmup_steps:
@@ -324,7 +342,7 @@ def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str)
     return loss_sum / (n_sequences * val_loader.T)
 
 
-def sample_texts(model: GPT, enc, prompt: str):
+def sample_texts(model: GPT, enc, prompt: str, config: Config):
     """Yield num_samples continuations of the prompt, each with the prompt."""
     idx = torch.tensor([enc.encode(prompt)], device=model.lm_head.weight.device)  # (1, T)
     model.eval()
@@ -354,11 +372,11 @@ def sum_over_ranks(*values: float, device: str) -> list[float]:
 
 # ---- training ----------------------------------------------------------------------------------
 def is_due(interval: int, step: int, last_step: bool) -> bool:
-    return step % interval == 0 or last_step
+    return interval > 0 and (step % interval == 0 or last_step)
 
 
-def train():
-    """Train a model. Continues from the newest checkpoint in log_dir, if there is one."""
+def train(config: Config):
+    """Train a model. Continues from the newest checkpoint in --log_dir, if there is one."""
     # set up DDP; torchrun sets these environment variables
     ddp = "RANK" in os.environ
     ddp_rank = int(os.environ.get("RANK", 0))
@@ -376,7 +394,7 @@ def train():
     assert config.total_batch_size % (B * T * ddp_world_size) == 0
     grad_accum_steps = config.total_batch_size // (B * T * ddp_world_size)
     if master_process and config.data_dir == "demo_data":
-        prepare_demo_data()
+        prepare_demo_data(config)
     if ddp:
         dist.barrier()  # the other ranks wait here for rank 0
 
@@ -393,12 +411,14 @@ def train():
         device_ids = [ddp_local_rank] if device_type == "cuda" else None
         model = DDP(model, device_ids=device_ids)
     # data
-    train_loader = DataLoaderLite("train", B, T, ddp_rank, ddp_world_size)
-    val_loader = DataLoaderLite("val", B, T, ddp_rank, ddp_world_size)
+    train_loader = DataLoaderLite(config, "train", B, ddp_rank, ddp_world_size)
+    if config.val_interval:
+        val_loader = DataLoaderLite(config, "val", B, ddp_rank, ddp_world_size)
     enc = get_encoding_for(config.gpt.vocab_size)
-    examples = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T)
+    if config.hellaswag_interval:
+        examples = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T)
     # optimizer
-    optimizer = raw_model.configure_optimizers()
+    optimizer = raw_model.configure_optimizers(config)
     log_dir, first_step = Path(config.log_dir), 0
     checkpoints = sorted(log_dir.glob("step_*.pt"))
     if checkpoints:
@@ -408,7 +428,7 @@ def train():
         first_step = checkpoint["step"]
         del checkpoint
     if master_process:
-        log_dir.mkdir(exist_ok=True)
+        log_dir.mkdir(parents=True, exist_ok=True)
         epochs = config.max_steps * train_loader.sequences_per_step / train_loader.n_sequences
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
@@ -440,7 +460,7 @@ def train():
                     print(f"step {step:5d} | hella {num_correct_norm / num_total:.4f}", flush=True)
                     write_log(step, "hella", num_correct_norm / num_total)
             if is_due(config.sample_interval, step, last_step) and master_process:
-                for text in sample_texts(raw_model, enc, config.sample_prompt):
+                for text in sample_texts(raw_model, enc, config.sample_prompt, config):
                     print(f"step {step:5d} | sample: {text}", flush=True)
         if last_step:
             break
@@ -462,8 +482,8 @@ def train():
         if ddp:
             dist.all_reduce(loss_accum)
             loss_accum /= ddp_world_size
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), 1.0)
-        lr = get_lr(step)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -482,5 +502,17 @@ def train():
         dist.destroy_process_group()
 
 
+# ---- command line ------------------------------------------------------------------------------
+def parse_args(args: list[str]) -> Config:
+    """`[PRESET] [--field value]...`; without a preset, gpt2."""
+    import tyro
+
+    preset, *flags = args if args and not args[0].startswith("-") else ["gpt2", *args]
+    if preset not in PRESETS:
+        raise SystemExit(f"no preset {preset}: choose from {', '.join(PRESETS)}")
+    default, style = PRESETS[preset], tyro.conf.OmitArgPrefixes
+    return tyro.cli(Config, args=flags, default=default, config=[style], use_underscores=True)
+
+
 if __name__ == "__main__":
-    train()
+    train(parse_args(sys.argv[1:]))

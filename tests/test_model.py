@@ -69,13 +69,12 @@ def test_padded_vocabulary_entries_have_no_effect():
     assert model.generate(idx, 20).max() < 65
 
 
-def test_learning_rates(monkeypatch):
+def test_learning_rates():
     config = train_gpt2.Config(max_steps=50, warmup_steps=10, lr=6e-4, min_lr=6e-5)
-    monkeypatch.setattr(train_gpt2, "config", config)
     expected = {step: 6e-4 * (step + 1) / 10 for step in range(10)}
     for step in range(10, 51):
         cosine = math.cos(math.pi * (step - 10) / 40)  # from 1 to -1
         expected[step] = 6e-5 + (6e-4 - 6e-5) * (1 + cosine) / 2
     expected[60] = 6e-5
     for step, lr in expected.items():
-        assert train_gpt2.get_lr(step) == pytest.approx(lr, rel=1e-6)
+        assert train_gpt2.get_lr(step, config) == pytest.approx(lr, rel=1e-6)

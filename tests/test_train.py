@@ -6,14 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import train_gpt2
-from train_gpt2 import DataLoaderLite, GPTConfig
+from train_gpt2 import Config, DataLoaderLite, GPTConfig
 
 ROOT = os.path.dirname(train_gpt2.__file__)
 SMALL = {
@@ -33,12 +32,11 @@ def write_shards(folder, sizes, vocab_size=2**16):
     return shards
 
 
-def test_every_sequence_is_read_once_per_epoch(tmp_path, monkeypatch):
-    config = replace(train_gpt2.DEMO, data_dir=tmp_path, total_batch_size=2 * 2 * 3 * 8)
-    monkeypatch.setattr(train_gpt2, "config", config)  # 12 sequences per step
+def test_every_sequence_is_read_once_per_epoch(tmp_path):
+    config = Config(GPTConfig(block_size=8), data_dir=tmp_path, total_batch_size=2 * 2 * 3 * 8)
     _, *train = write_shards(tmp_path, [100, 203, 97, 5, 150])
     expected = [tokens[i] for tokens in train for i in range(0, len(tokens) - 8, 8)]
-    loaders = [DataLoaderLite("train", 3, 8, rank, 2) for rank in range(2)]
+    loaders = [DataLoaderLite(config, "train", 3, rank, 2) for rank in range(2)]
     first_tokens = []
     for step in range(12):
         for micro_step in range(2):
@@ -61,8 +59,8 @@ def run(folder, ranks=1, **changes):
     question = {"ctx": "One, two,", "endings": ["three", "four", "2", "2, 2"]}
     questions = [question | {"label": i % 4} for i in range(5)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    script = "from dataclasses import replace\nimport train_gpt2\nfrom train_gpt2 import *\n"
-    script += f"train_gpt2.config = replace(DEMO, **{SMALL | changes})\ntrain()\n"
+    script = "from dataclasses import replace\nfrom train_gpt2 import *\n"
+    script += f"train(replace(DEMO, **{SMALL | changes}))\n"
     (folder / "run.py").write_text(script)
     env = os.environ | {"PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""}
     torchrun = f"torch.distributed.run --standalone --nproc_per_node {ranks} run.py".split()
