@@ -75,6 +75,8 @@ class Config:
     max_new_tokens: int = 24  # tokens per sample
 
 
+# a run cannot be resumed with other values of these: the checkpoint would not fit
+FIXED = "block_size vocab_size n_layer n_head n_embd".split()
 # bytes as tokens; too small for torch.compile to save time on a CPU
 DEMO = Config(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96))
 DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.jsonl")
@@ -91,6 +93,29 @@ PRESETS = {
     "demo": DEMO,
 }
 Config.__doc__ += f" Presets: {', '.join(PRESETS)}."  # for --help
+
+
+def flatten(config: Config) -> dict:
+    """All hyperparameters by name, those of the network included."""
+    values = asdict(config)
+    return values.pop("gpt") | values
+
+
+def check_config(config: Config, ddp_world_size: int = 1):
+    """Exit with one line if a hyperparameter is out of range."""
+    gpt, B, T = config.gpt, config.micro_batch_size, config.gpt.block_size
+    at_least_1 = (*FIXED, "total_batch_size", "micro_batch_size", "max_steps", "val_tokens")
+    at_least_1 += ("num_samples", "max_new_tokens")
+    low, high = dict.fromkeys(at_least_1, 1), {"beta1": 0.9999, "beta2": 0.9999}
+    for name, value in flatten(config).items():
+        limits = low.get(name, 0), high.get(name, 1e12)
+        if type(value) in (int, float) and not limits[0] <= value <= limits[1]:  # nan, too
+            raise SystemExit(f"--{name} {value} must be between {limits[0]} and {limits[1]}")
+    if gpt.n_embd % gpt.n_head:
+        raise SystemExit(f"--n_embd {gpt.n_embd} must be divisible by --n_head {gpt.n_head}")
+    if config.total_batch_size % (B * T * ddp_world_size):
+        unit = f"--micro_batch_size {B} x --block_size {T} x {ddp_world_size} ranks"
+        raise SystemExit(f"--total_batch_size {config.total_batch_size} is not divisible by {unit}")
 
 
 # ---- model -------------------------------------------------------------------------------------
@@ -271,6 +296,8 @@ class DataLoaderLite:
         # a sequence is T + 1 tokens of one shard; its last token is the first of the next sequence
         self.ends = np.cumsum([max(0, len(shard) - 1) // self.T for shard in self.shards])
         self.n_sequences = int(self.ends[-1])
+        if self.n_sequences == 0:
+            raise SystemExit(f"{config.data_dir}: the {split} split has fewer than {self.T} tokens")
 
     def sequences(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """The sequences with these numbers as x, y, both (B, T) int64; y is x shifted by one."""
@@ -308,6 +335,8 @@ def prepare_demo_data(config: Config):
 
 def get_encoding_for(vocab_size: int):
     """The tiktoken encoding that a vocabulary size belongs to."""
+    if vocab_size != 257 and vocab_size < 50257:
+        raise SystemExit(f"--vocab_size {vocab_size} has no encoding: give 257 (bytes) or 50257")
     return fineweb.get_encoding("bytes" if vocab_size == 257 else "gpt2")
 
 
@@ -376,13 +405,15 @@ def is_due(interval: int, step: int, last_step: bool) -> bool:
 
 
 def train(config: Config):
-    """Train a model. Continues from the newest checkpoint in --log_dir, if there is one."""
+    """Train a model. Continues from the newest checkpoint in --log_dir, if there is one. Exits with
+    one line on user errors."""
     # set up DDP; torchrun sets these environment variables
     ddp = "RANK" in os.environ
     ddp_rank = int(os.environ.get("RANK", 0))
     ddp_local_rank = int(os.environ.get("LOCAL_RANK", 0))
     ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
     master_process = ddp_rank == 0  # this process does logging, checkpointing etc.
+    check_config(config, ddp_world_size)
     device = get_device()
     device_type = device.split(":")[0]  # cuda:0 -> cuda
     if device_type == "cuda":
@@ -390,9 +421,6 @@ def train(config: Config):
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ddp:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    B, T = config.micro_batch_size, config.gpt.block_size
-    assert config.total_batch_size % (B * T * ddp_world_size) == 0
-    grad_accum_steps = config.total_batch_size // (B * T * ddp_world_size)
     if master_process and config.data_dir == "demo_data":
         prepare_demo_data(config)
     if ddp:
@@ -400,6 +428,7 @@ def train(config: Config):
 
     # model
     torch.manual_seed(config.seed)
+    B, T = config.micro_batch_size, config.gpt.block_size
     raw_model = GPT(config.gpt)
     raw_model.to(device)
     n_params = sum(p.numel() for p in raw_model.parameters())
@@ -411,6 +440,7 @@ def train(config: Config):
         device_ids = [ddp_local_rank] if device_type == "cuda" else None
         model = DDP(model, device_ids=device_ids)
     # data
+    grad_accum_steps = config.total_batch_size // (B * T * ddp_world_size)
     train_loader = DataLoaderLite(config, "train", B, ddp_rank, ddp_world_size)
     if config.val_interval:
         val_loader = DataLoaderLite(config, "val", B, ddp_rank, ddp_world_size)
@@ -515,4 +545,10 @@ def parse_args(args: list[str]) -> Config:
 
 
 if __name__ == "__main__":
-    train(parse_args(sys.argv[1:]))
+    try:
+        train(parse_args(sys.argv[1:]))
+    except torch.OutOfMemoryError:
+        sys.exit("out of GPU memory: halve --micro_batch_size (same losses) or use a smaller model")
+    except SystemExit as error:  # only rank 0 prints the message
+        silent = isinstance(error.code, str) and int(os.environ.get("RANK", 0)) > 0
+        sys.exit(1 if silent else error.code)
