@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -31,7 +32,7 @@ import fineweb
 import hellaswag
 
 
-# ---- hyperparameters ---------------------------------------------------------------------------
+# ---- 1. hyperparameters ------------------------------------------------------------------------
 @dataclass(frozen=True)
 class GPTConfig:
     """The network. The defaults are GPT-2 124M."""
@@ -70,7 +71,8 @@ class Config:
     sample_interval: int = 250  # steps between samples
     sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples during training
     checkpoint_interval: int = 5000  # steps between checkpoints, 1.5 GB each for GPT-2 124M
-    log_dir: str = "log"  # folder of log.txt and the checkpoints
+    name: str = "gpt2"  # of the run; its folder is log/NAME-NNN
+    out_dir: str = ""  # the run's folder, instead of log/NAME-NNN
     num_samples: int = 4  # samples at a time
     max_new_tokens: int = 24  # tokens per sample
 
@@ -118,7 +120,7 @@ def check_config(config: Config, ddp_world_size: int = 1):
         raise SystemExit(f"--total_batch_size {config.total_batch_size} is not divisible by {unit}")
 
 
-# ---- model -------------------------------------------------------------------------------------
+# ---- 2. model ----------------------------------------------------------------------------------
 class CausalSelfAttention(nn.Module):
     """Multi-head attention; a position attends to itself and to the positions before it."""
 
@@ -277,7 +279,7 @@ class GPT(nn.Module):
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-# ---- data --------------------------------------------------------------------------------------
+# ---- 3. data -------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=2)  # a step may read the end of an epoch and the start of the next
 def epoch_order(n_sequences: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the sequences in an epoch: a permutation, (n_sequences,)."""
@@ -340,7 +342,7 @@ def get_encoding_for(vocab_size: int):
     return fineweb.get_encoding("bytes" if vocab_size == 257 else "gpt2")
 
 
-# ---- learning rate schedule --------------------------------------------------------------------
+# ---- 4. learning rate schedule -----------------------------------------------------------------
 def get_lr(step: int, config: Config) -> float:
     """The learning rate of a step: linear warmup, then cosine decay to min_lr."""
     max_lr, min_lr, max_steps = config.lr, config.min_lr, config.max_steps
@@ -351,7 +353,7 @@ def get_lr(step: int, config: Config) -> float:
     return min_lr + coeff * (max_lr - min_lr)
 
 
-# ---- evaluation --------------------------------------------------------------------------------
+# ---- 5. evaluation -------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str) -> float:
     """Mean cross-entropy in nats per token for the first n_tokens of the validation split. The
@@ -382,7 +384,37 @@ def sample_texts(model: GPT, enc, prompt: str, config: Config):
     model.train()
 
 
-# ---- devices and DDP ---------------------------------------------------------------------------
+# ---- 6. the run's folder: config.json, log.txt, step_NNNNNN.pt -----------------------------------
+class RunLog:
+    """log.txt, one line `step stream value` for each number."""
+
+    def __init__(self, log_dir: Path):
+        self.path = log_dir / "log.txt"
+
+    def write(self, step: int, stream: str, value: float):
+        with open(self.path, "a") as file:
+            file.write(f"{step} {stream} {value:.6f}\n")
+
+
+def choose_log_dir(config: Config) -> Path:
+    """The run's folder: that of --out_dir, or a new log/NAME-NNN."""
+    if config.out_dir:
+        return Path(config.out_dir)
+    runs = sorted(Path("log").glob(f"{config.name}-[0-9][0-9][0-9]"))
+    return Path("log", f"{config.name}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
+
+
+def start_run(log_dir: Path, config: Config, n_params: int) -> FileLock:
+    """Create the run's folder, lock it against other processes, and write config.json."""
+    with fineweb.exit_on_error(f"cannot write to {log_dir}, or another process trains in it"):
+        log_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(log_dir / "run.lock")
+        lock.acquire(timeout=0)
+    fineweb.write_file(log_dir / "config.json", json.dumps(flatten(config), indent=2).encode())
+    return lock
+
+
+# ---- 7. devices and DDP --------------------------------------------------------------------------
 def get_device() -> str:
     """The first of CUDA, MPS and CPU that is available; with CUDA each rank has its own."""
     if torch.cuda.is_available():
@@ -399,13 +431,13 @@ def sum_over_ranks(*values: float, device: str) -> list[float]:
     return totals.tolist()
 
 
-# ---- training ----------------------------------------------------------------------------------
+# ---- 8. training ---------------------------------------------------------------------------------
 def is_due(interval: int, step: int, last_step: bool) -> bool:
     return interval > 0 and (step % interval == 0 or last_step)
 
 
 def train(config: Config):
-    """Train a model. Continues from the newest checkpoint in --log_dir, if there is one. Exits with
+    """Train a model. Continues from the newest checkpoint in --out_dir, if there is one. Exits with
     one line on user errors."""
     # set up DDP; torchrun sets these environment variables
     ddp = "RANK" in os.environ
@@ -421,6 +453,7 @@ def train(config: Config):
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ddp:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    log_dir = choose_log_dir(config)
     if master_process and config.data_dir == "demo_data":
         prepare_demo_data(config)
     if ddp:
@@ -449,7 +482,7 @@ def train(config: Config):
         examples = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T)
     # optimizer
     optimizer = raw_model.configure_optimizers(config)
-    log_dir, first_step = Path(config.log_dir), 0
+    first_step = 0
     checkpoints = sorted(log_dir.glob("step_*.pt"))
     if checkpoints:
         checkpoint = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
@@ -458,16 +491,12 @@ def train(config: Config):
         first_step = checkpoint["step"]
         del checkpoint
     if master_process:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        lock = start_run(log_dir, config, n_params)
+        log = RunLog(log_dir)
         epochs = config.max_steps * train_loader.sequences_per_step / train_loader.n_sequences
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
         print(f"{config.total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
-
-    def write_log(step: int, stream: str, value: float):
-        with open(log_dir / "log.txt", "a") as file:
-            file.write(f"{step} {stream} {value:.6f}\n")
-
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
         # save before evaluating: a run that is resumed from here repeats this step's evaluations
@@ -482,13 +511,13 @@ def train(config: Config):
                 val_loss = evaluate_loss(model, val_loader, config.val_tokens, device)
                 if master_process:
                     print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
-                    write_log(step, "val", val_loss)
+                    log.write(step, "val", val_loss)
             if is_due(config.hellaswag_interval, step, last_step):
                 counts = hellaswag.evaluate(raw_model, examples, ddp_rank, ddp_world_size)
                 _, num_correct_norm, num_total = sum_over_ranks(*counts, device=device)
                 if master_process:
                     print(f"step {step:5d} | hella {num_correct_norm / num_total:.4f}", flush=True)
-                    write_log(step, "hella", num_correct_norm / num_total)
+                    log.write(step, "hella", num_correct_norm / num_total)
             if is_due(config.sample_interval, step, last_step) and master_process:
                 for text in sample_texts(raw_model, enc, config.sample_prompt, config):
                     print(f"step {step:5d} | sample: {text}", flush=True)
@@ -522,17 +551,19 @@ def train(config: Config):
             torch.cuda.synchronize()  # wait for the GPU to finish the step
         dt = time.time() - t0  # in seconds
         if master_process:
-            write_log(step, "train", loss_accum.item())
+            log.write(step, "train", loss_accum.item())
             tokens_per_sec = config.total_batch_size / dt
             line = f"step {step:5d} | loss {loss_accum.item():.4f} | lr {lr:.2e} | "
             line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
             print(line, flush=True)
+    if master_process:
+        lock.release()
     if ddp:
         dist.barrier()  # torchrun ends the other ranks when one of them exits
         dist.destroy_process_group()
 
 
-# ---- command line ------------------------------------------------------------------------------
+# ---- 9. command line -----------------------------------------------------------------------------
 def parse_args(args: list[str]) -> Config:
     """`[PRESET] [--field value]...`; without a preset, gpt2."""
     import tyro
@@ -540,7 +571,7 @@ def parse_args(args: list[str]) -> Config:
     preset, *flags = args if args and not args[0].startswith("-") else ["gpt2", *args]
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset}: choose from {', '.join(PRESETS)}")
-    default, style = PRESETS[preset], tyro.conf.OmitArgPrefixes
+    default, style = replace(PRESETS[preset], name=preset), tyro.conf.OmitArgPrefixes
     return tyro.cli(Config, args=flags, default=default, config=[style], use_underscores=True)
 
 

@@ -19,7 +19,7 @@ SMALL = {
     "gpt": GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=32),
     "total_batch_size": 8 * 16, "micro_batch_size": 2, "max_steps": 5, "warmup_steps": 2,
     "val_interval": 2, "val_tokens": 7 * 16,
-    "hellaswag_interval": 2, "hellaswag_file": "questions.jsonl",
+    "hellaswag_interval": 2, "hellaswag_file": "questions.jsonl", "out_dir": "log",
 }  # fmt: skip
 
 
