@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -64,6 +65,7 @@ class Config:
     seed: int = 1337  # of the initialization, the order of the data and samples
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of autocast
     compile: bool = True  # torch.compile: a minute at the start, then much faster steps
+    log_interval: int = 1  # steps between lines on the console
     val_interval: int = 250  # steps between validations; 0: never, as for all intervals
     val_tokens: int = 20 * 2**19  # tokens per validation, independent of the number of ranks
     hellaswag_interval: int = 250  # steps between evaluations on HellaSwag
@@ -84,8 +86,8 @@ DEMO = Config(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_e
 DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.jsonl")
 DEMO = replace(DEMO, total_batch_size=24 * 128, micro_batch_size=12, max_steps=200, compile=False)
 DEMO = replace(DEMO, lr=3e-3, min_lr=3e-4, warmup_steps=20, val_interval=50, hellaswag_interval=50)
-DEMO = replace(DEMO, val_tokens=20_000, dtype="float32", sample_prompt="def ")
-DEMO = replace(DEMO, sample_interval=50, checkpoint_interval=50)
+DEMO = replace(DEMO, log_interval=10, val_tokens=20_000, dtype="float32", sample_prompt="def ")
+DEMO = replace(DEMO, checkpoint_interval=50)
 PRESETS = {
     # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
     "gpt2": Config(),
@@ -107,7 +109,7 @@ def check_config(config: Config, ddp_world_size: int = 1):
     """Exit with one line if a hyperparameter is out of range."""
     gpt, B, T = config.gpt, config.micro_batch_size, config.gpt.block_size
     at_least_1 = (*FIXED, "total_batch_size", "micro_batch_size", "max_steps", "val_tokens")
-    at_least_1 += ("num_samples", "max_new_tokens")
+    at_least_1 += ("log_interval", "num_samples", "max_new_tokens")
     low, high = dict.fromkeys(at_least_1, 1), {"beta1": 0.9999, "beta2": 0.9999}
     for name, value in flatten(config).items():
         limits = low.get(name, 0), high.get(name, 1e12)
@@ -274,6 +276,12 @@ class GPT(nn.Module):
         groups, betas = [decay, no_decay], (config.beta1, config.beta2)
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=True)
 
+    def flops_per_token(self, T: int) -> int:
+        """FLOPs of forward and backward per token: 6 per parameter, and 6 * L * C * T in attention,
+        half of the 12 * L * C * T in the PaLM paper (appendix B), since the mask skips half."""
+        n_params = sum(p.numel() for p in self.parameters())
+        return 6 * n_params + 6 * self.config.n_layer * self.config.n_embd * T
+
 
 # OpenAI's release stores these as (in, out), nn.Linear as (out, in)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -415,6 +423,20 @@ def start_run(log_dir: Path, config: Config, n_params: int) -> FileLock:
 
 
 # ---- 7. devices and DDP --------------------------------------------------------------------------
+# dense bfloat16 TFLOP/s (V100, T4: float16) from the data sheets; the first match counts
+PEAK_TFLOPS = {"MIG": math.nan, "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989}
+PEAK_TFLOPS |= {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A40": 150, "A30": 165}
+PEAK_TFLOPS |= {"A10G": 70, "A10": 125, "A6000": 155, "L40S": 362, "L40": 181, "L4": 121, "T4": 65}
+PEAK_TFLOPS |= {"V100 PCIE": 112, "V100": 125, "5090": 209, "4090": 165, "3090": 71}
+
+
+def peak_flops(device: str) -> float:
+    """The peak FLOP/s of a GPU; nan for a CPU and for GPUs that are not in the table."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    words = set(re.split(r"[\s-]+", name))  # "NVIDIA A100-SXM4-80GB"
+    return 1e12 * next((p for k, p in PEAK_TFLOPS.items() if words >= set(k.split())), math.nan)
+
+
 def get_device() -> str:
     """The first of CUDA, MPS and CPU that is available; with CUDA each rank has its own."""
     if torch.cuda.is_available():
@@ -497,6 +519,7 @@ def train(config: Config):
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
         print(f"{config.total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
+    start = time.time()
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
         # save before evaluating: a run that is resumed from here repeats this step's evaluations
@@ -553,9 +576,15 @@ def train(config: Config):
         if master_process:
             log.write(step, "train", loss_accum.item())
             tokens_per_sec = config.total_batch_size / dt
+            flops = raw_model.flops_per_token(T) * tokens_per_sec
+            mfu = flops / (peak_flops(device) * ddp_world_size)
+            left = (time.time() - start) * (config.max_steps - step - 1) / (step + 1 - first_step)
             line = f"step {step:5d} | loss {loss_accum.item():.4f} | lr {lr:.2e} | "
-            line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f}"
-            print(line, flush=True)
+            line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f} | "
+            line += f"mfu {mfu:.1%} | " if math.isfinite(mfu) else ""
+            line += f"left {left // 3600:.0f}h{left % 3600 // 60:02.0f}m"
+            if step % config.log_interval == 0:
+                print(line, flush=True)
     if master_process:
         lock.release()
     if ddp:

@@ -20,6 +20,7 @@ SMALL = {
     "total_batch_size": 8 * 16, "micro_batch_size": 2, "max_steps": 5, "warmup_steps": 2,
     "val_interval": 2, "val_tokens": 7 * 16,
     "hellaswag_interval": 2, "hellaswag_file": "questions.jsonl", "out_dir": "log",
+    "log_interval": 1,
 }  # fmt: skip
 
 
