@@ -392,9 +392,11 @@ def sample_texts(model: GPT, enc, prompt: str, config: Config):
     model.train()
 
 
-# ---- 6. the run's folder: config.json, log.txt, step_NNNNNN.pt -----------------------------------
+# ---- 6. the run's folder: config.json, log.txt, curve.png, step_NNNNNN.pt ------------------------
 class RunLog:
     """log.txt, one line `step stream value` for each number."""
+
+    LINE = re.compile(r"^(\d+) (train|val|hella) (\S+)\n", re.MULTILINE)  # not a truncated one
 
     def __init__(self, log_dir: Path):
         self.path = log_dir / "log.txt"
@@ -402,6 +404,40 @@ class RunLog:
     def write(self, step: int, stream: str, value: float):
         with open(self.path, "a") as file:
             file.write(f"{step} {stream} {value:.6f}\n")
+
+
+def read_log(log_dir: str | Path) -> dict[str, tuple[list[int], list[float]]]:
+    """log.txt as {stream: (steps, values)}."""
+    streams = {"train": ([], []), "val": ([], []), "hella": ([], [])}
+    for step, stream, value in RunLog.LINE.findall((Path(log_dir) / "log.txt").read_text()):
+        streams[stream][0].append(int(step))
+        streams[stream][1].append(float(value))
+    return streams
+
+
+def draw_curve(log_dir: Path, config: Config):
+    """Draw log.txt as curve.png: losses on the left, accuracy on HellaSwag on the right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4))
+    left, right = figure.subplots(1, 2)
+    streams = read_log(log_dir)
+    left.plot(*streams["train"], linewidth=0.7, label="training loss")
+    left.plot(*streams["val"], marker=".", label="validation loss")
+    right.plot(*streams["hella"], marker=".", label="accuracy")
+    right.axhline(0.25, color="silver", linestyle=":", label="chance")
+    if config.gpt.vocab_size >= 50257:
+        # GPT-2: build-nanogpt's play.ipynb and hellaswag.py; GPT-3: its paper, table H.1
+        left.axhline(3.2924, color="C3", linestyle="--", label="GPT-2 124M, validation")
+        right.axhline(0.2955, color="C3", linestyle="--", label="GPT-2 124M")
+        right.axhline(0.337, color="C2", linestyle="--", label="GPT-3 124M")
+    losses = [loss for loss in streams["train"][1] if math.isfinite(loss)] or [1.0]
+    left.set_ylim(top=1.05 * max(losses[len(losses) // 50 :]))  # not the loss of the first steps
+    left.set(title=log_dir.name, xlabel="step", ylabel="loss (nats per token)")
+    right.set(title=Path(config.hellaswag_file).stem, xlabel="step", ylabel="accuracy")
+    left.legend()
+    right.legend()
+    figure.savefig(log_dir / "curve.png")
 
 
 def choose_log_dir(config: Config) -> Path:
@@ -535,6 +571,7 @@ def train(config: Config):
                 if master_process:
                     print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
                     log.write(step, "val", val_loss)
+                    draw_curve(log_dir, config)
             if is_due(config.hellaswag_interval, step, last_step):
                 counts = hellaswag.evaluate(raw_model, examples, ddp_rank, ddp_world_size)
                 _, num_correct_norm, num_total = sum_over_ranks(*counts, device=device)
@@ -586,6 +623,8 @@ def train(config: Config):
             if step % config.log_interval == 0:
                 print(line, flush=True)
     if master_process:
+        draw_curve(log_dir, config)
+        print(f"finished in {(time.time() - start) / 60:.1f} minutes; see {log_dir}/curve.png")
         lock.release()
     if ddp:
         dist.barrier()  # torchrun ends the other ranks when one of them exits
