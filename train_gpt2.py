@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tiktoken.load
 import torch
 import torch.distributed as dist
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -268,6 +270,31 @@ class GPT(nn.Module):
         model.load_state_dict(state)
         return model
 
+    def save_pretrained(self, folder: str | Path):
+        """Write a new folder that transformers can load. It is complete or absent."""
+        config, folder = self.config, Path(folder)
+        weights = {}
+        for name, p in self.named_parameters():
+            w = p.detach().float().cpu()
+            w = w[: config.vocab_size] if name.endswith("wte.weight") else w  # without the padding
+            weights[name] = (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
+        hf = HF_CONFIG | {"architectures": ["GPT2LMHeadModel"]} | asdict(config)
+        hf |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)
+        hf |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+        eot = config.vocab_size - 1
+        hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
+        with fineweb.exit_on_error(f"cannot write {folder}"):
+            tmp = folder.with_name(folder.name + ".tmp")
+            tmp.mkdir(parents=True, exist_ok=True)
+            save_file(weights, tmp / "model.safetensors", metadata={"format": "pt"})
+            (tmp / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+            if config.vocab_size == 50257:  # GPT-2's tokenizer
+                url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+                for name, source in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+                    (tmp / name).write_bytes(tiktoken.load.read_file_cached(f"{url}/{source}"))
+                (tmp / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+            os.replace(tmp, folder)
+
     def configure_optimizers(self, config: Config) -> torch.optim.Optimizer:
         """AdamW. Biases and LayerNorms do not decay."""
         params = list(self.parameters())
@@ -285,6 +312,10 @@ class GPT(nn.Module):
 
 # OpenAI's release stores these as (in, out), nn.Linear as (out, in)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# what config.json contains for every GPT-2
+HF_CONFIG = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+HF_CONFIG |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+HF_CONFIG |= {"tie_word_embeddings": True, "add_cross_attention": False, "n_inner": None}
 
 
 # ---- 3. data -------------------------------------------------------------------------------------
@@ -392,7 +423,7 @@ def sample_texts(model: GPT, enc, prompt: str, config: Config):
     model.train()
 
 
-# ---- 6. the run's folder: config.json, log.txt, curve.png, step_NNNNNN.pt ------------------------
+# ---- 6. the run's folder: config.json, log.txt, curve.png, step_NNNNNN.pt, hf/ -------------------
 class RunLog:
     """log.txt, one line `step stream value` for each number."""
 
@@ -454,6 +485,7 @@ def start_run(log_dir: Path, config: Config, n_params: int) -> FileLock:
         log_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(log_dir / "run.lock")
         lock.acquire(timeout=0)
+    shutil.rmtree(log_dir / "hf", ignore_errors=True)  # of a finished run that is extended
     fineweb.write_file(log_dir / "config.json", json.dumps(flatten(config), indent=2).encode())
     return lock
 
@@ -623,6 +655,7 @@ def train(config: Config):
             if step % config.log_interval == 0:
                 print(line, flush=True)
     if master_process:
+        raw_model.save_pretrained(log_dir / "hf")
         draw_curve(log_dir, config)
         print(f"finished in {(time.time() - start) / 60:.1f} minutes; see {log_dir}/curve.png")
         lock.release()
