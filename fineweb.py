@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -151,6 +152,12 @@ def open_shards(folder: str | Path, split: str) -> list[np.ndarray]:
     if not paths:
         raise SystemExit(f"no {split} shards in {folder}: fineweb.py writes them")
     return [np.load(path, mmap_mode="r") for path in paths]
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Returns 16 hex digits, equal for equal shards."""
+    sizes = [[path.name, path.stat().st_size] for path in sorted(Path(folder).glob("*.npy"))]
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
 
 def main(files: list[str], dataset: str = "", out: str = "") -> None:

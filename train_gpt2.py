@@ -4,6 +4,7 @@
     python train_gpt2.py demo                   # a small model, offline, in two minutes on a CPU
     python train_gpt2.py gpt2 --lr 1e-3         # every hyperparameter is a flag; --help lists them
     torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2
+    python train_gpt2.py gpt2 --resume auto     # continue the newest unfinished run, or start one
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
@@ -17,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -77,12 +79,17 @@ class Config:
     checkpoint_interval: int = 5000  # steps between checkpoints, 1.5 GB each for GPT-2 124M
     name: str = "gpt2"  # of the run; its folder is log/NAME-NNN
     out_dir: str = ""  # the run's folder, instead of log/NAME-NNN
+    resume: str = ""  # continue the run in this folder; auto: the newest unfinished run
+    resume_anyway: bool = False  # resume although changed hyperparameters change the experiment
     num_samples: int = 4  # samples at a time
     max_new_tokens: int = 24  # tokens per sample
 
 
 # a run cannot be resumed with other values of these: the checkpoint would not fit
 FIXED = "block_size vocab_size n_layer n_head n_embd".split()
+# a run that is resumed with other values of these is another experiment; data: the shards
+EXPERIMENT = "data total_batch_size max_steps lr min_lr warmup_steps".split()
+EXPERIMENT += "weight_decay beta1 beta2 grad_clip shuffle seed".split()
 # bytes as tokens; too small for torch.compile to save time on a CPU
 DEMO = Config(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96))
 DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.jsonl")
@@ -424,13 +431,34 @@ def sample_texts(model: GPT, enc, prompt: str, config: Config):
 
 
 # ---- 6. the run's folder: config.json, log.txt, curve.png, step_NNNNNN.pt, hf/ -------------------
+def load_checkpoint(path: Path) -> dict | None:
+    """Read a checkpoint, or the newest readable one in a folder. None if the folder has none."""
+    paths = sorted(path.glob("step_*.pt")) if path.is_dir() else [path]
+    for path in reversed(paths):
+        try:
+            if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+                raise ValueError("wrong checksum")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+            if not {"model", "gpt", "config", "optimizer", "step", "data"} <= set(checkpoint):
+                raise ValueError("not a checkpoint of this script")
+            return checkpoint
+        except Exception as error:  # missing, truncated or corrupt
+            print(f"cannot read {path} ({repr(error):.200})", file=sys.stderr)
+    if paths:
+        raise SystemExit("no readable checkpoint: give another one, or start a new run")
+
+
 class RunLog:
     """log.txt, one line `step stream value` for each number."""
 
     LINE = re.compile(r"^(\d+) (train|val|hella) (\S+)\n", re.MULTILINE)  # not a truncated one
 
-    def __init__(self, log_dir: Path):
+    def __init__(self, log_dir: Path, first_step: int):
         self.path = log_dir / "log.txt"
+        # a resumed run repeats the steps after its checkpoint
+        lines = self.LINE.findall(self.path.read_text()) if self.path.exists() else []
+        lines = [" ".join(line) + "\n" for line in lines if int(line[0]) < first_step]
+        fineweb.write_file(self.path, "".join(lines).encode())
 
     def write(self, step: int, stream: str, value: float):
         with open(self.path, "a") as file:
@@ -472,10 +500,19 @@ def draw_curve(log_dir: Path, config: Config):
 
 
 def choose_log_dir(config: Config) -> Path:
-    """The run's folder: that of --out_dir, or a new log/NAME-NNN."""
+    """The run's folder: that of --resume or --out_dir, or a new log/NAME-NNN."""
+    if config.resume not in ("", "auto"):
+        if not any(Path(config.resume).glob("step_*.pt")):
+            raise SystemExit(f"no step_*.pt in {config.resume}: give --resume a run's folder")
+        return Path(config.resume)
     if config.out_dir:
+        if not config.resume and (Path(config.out_dir) / "config.json").exists():
+            raise SystemExit(f"{config.out_dir} has a run: add --resume auto, or change --out_dir")
         return Path(config.out_dir)
     runs = sorted(Path("log").glob(f"{config.name}-[0-9][0-9][0-9]"))
+    unfinished = [run for run in runs if not (run / "hf").exists()]
+    if config.resume and unfinished:
+        return unfinished[-1]
     return Path("log", f"{config.name}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
 
 
@@ -488,6 +525,22 @@ def start_run(log_dir: Path, config: Config, n_params: int) -> FileLock:
     shutil.rmtree(log_dir / "hf", ignore_errors=True)  # of a finished run that is extended
     fineweb.write_file(log_dir / "config.json", json.dumps(flatten(config), indent=2).encode())
     return lock
+
+
+def check_resume(config: Config, checkpoint: dict, data: str) -> int:
+    """The step to resume from. Exits if changed hyperparameters make the run another experiment."""
+    old = checkpoint["config"] | {"data": checkpoint["data"]}
+    new = flatten(config) | {"data": data}
+    changed = [name for name in FIXED + EXPERIMENT if old[name] != new[name]]
+    for name in changed:
+        print(f"{name} was {old[name]} in the run to resume, now it is {new[name]}", flush=True)
+    if set(changed) & set(FIXED):
+        raise SystemExit(f"a run cannot change its {', '.join(FIXED)}: start a new run")
+    if changed and not config.resume_anyway:
+        raise SystemExit("not the same experiment: give the old values, or --resume_anyway")
+    if checkpoint["step"] > config.max_steps:
+        raise SystemExit(f"the run has done {checkpoint['step']} steps, more than --max_steps")
+    return checkpoint["step"]
 
 
 # ---- 7. devices and DDP --------------------------------------------------------------------------
@@ -527,8 +580,7 @@ def is_due(interval: int, step: int, last_step: bool) -> bool:
 
 
 def train(config: Config):
-    """Train a model. Continues from the newest checkpoint in --out_dir, if there is one. Exits with
-    one line on user errors."""
+    """Train a model. Exits with one line on user errors."""
     # set up DDP; torchrun sets these environment variables
     ddp = "RANK" in os.environ
     ddp_rank = int(os.environ.get("RANK", 0))
@@ -551,8 +603,13 @@ def train(config: Config):
 
     # model
     torch.manual_seed(config.seed)
+    checkpoint = load_checkpoint(log_dir) if log_dir.is_dir() else None
     B, T = config.micro_batch_size, config.gpt.block_size
+    data = fineweb.fingerprint(config.data_dir)
+    first_step = check_resume(config, checkpoint, data) if checkpoint else 0
     raw_model = GPT(config.gpt)
+    if checkpoint:
+        raw_model.load_state_dict(checkpoint["model"])
     raw_model.to(device)
     n_params = sum(p.numel() for p in raw_model.parameters())
     dtype = getattr(torch, config.dtype)
@@ -572,17 +629,15 @@ def train(config: Config):
         examples = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T)
     # optimizer
     optimizer = raw_model.configure_optimizers(config)
-    first_step = 0
-    checkpoints = sorted(log_dir.glob("step_*.pt"))
-    if checkpoints:
-        checkpoint = torch.load(checkpoints[-1], map_location="cpu", weights_only=True)
-        raw_model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        first_step = checkpoint["step"]
+    if checkpoint:
+        # the moments are the checkpoint's, the hyperparameters those of this command
+        state = checkpoint["optimizer"]
+        state["param_groups"] = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state)
         del checkpoint
     if master_process:
         lock = start_run(log_dir, config, n_params)
-        log = RunLog(log_dir)
+        log = RunLog(log_dir, first_step)
         epochs = config.max_steps * train_loader.sequences_per_step / train_loader.n_sequences
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
@@ -593,8 +648,9 @@ def train(config: Config):
         # save before evaluating: a run that is resumed from here repeats this step's evaluations
         save = is_due(config.checkpoint_interval, step, last_step)
         if master_process and save and step > first_step:
-            checkpoint = {"step": step, "gpt": asdict(config.gpt), "model": raw_model.state_dict()}
-            checkpoint |= {"optimizer": optimizer.state_dict()}
+            checkpoint = {"step": step, "data": data}
+            checkpoint |= {"config": flatten(config), "gpt": asdict(config.gpt)}
+            checkpoint |= {"optimizer": optimizer.state_dict(), "model": raw_model.state_dict()}
             torch.save(checkpoint, log_dir / "checkpoint.tmp")
             os.replace(log_dir / "checkpoint.tmp", log_dir / f"step_{step:06d}.pt")
         with autocast:
