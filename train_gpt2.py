@@ -10,6 +10,7 @@ Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -19,6 +20,7 @@ import shutil
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._pytree import tree_map_only
 
 import fineweb
 import hellaswag
@@ -76,7 +79,9 @@ class Config:
     hellaswag_file: str = hellaswag.PATH  # its questions; downloaded if absent
     sample_interval: int = 250  # steps between samples
     sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples during training
-    checkpoint_interval: int = 5000  # steps between checkpoints, 1.5 GB each for GPT-2 124M
+    checkpoint_interval: int = 250  # steps between checkpoints, 1.5 GB each for GPT-2 124M
+    keep_checkpoints: int = 2  # number of the newest checkpoints to keep; 0: all
+    archive_interval: int = 5000  # checkpoints at its multiples are kept as well
     name: str = "gpt2"  # of the run; its folder is log/NAME-NNN
     out_dir: str = ""  # the run's folder, instead of log/NAME-NNN
     resume: str = ""  # continue the run in this folder; auto: the newest unfinished run
@@ -96,7 +101,6 @@ DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.j
 DEMO = replace(DEMO, total_batch_size=24 * 128, micro_batch_size=12, max_steps=200, compile=False)
 DEMO = replace(DEMO, lr=3e-3, min_lr=3e-4, warmup_steps=20, val_interval=50, hellaswag_interval=50)
 DEMO = replace(DEMO, log_interval=10, val_tokens=20_000, dtype="float32", sample_prompt="def ")
-DEMO = replace(DEMO, checkpoint_interval=50)
 PRESETS = {
     # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
     "gpt2": Config(),
@@ -448,6 +452,41 @@ def load_checkpoint(path: Path) -> dict | None:
         raise SystemExit("no readable checkpoint: give another one, or start a new run")
 
 
+class CheckpointWriter:
+    """Writes checkpoints in a thread. If one cannot be written, `failure` has the reason."""
+
+    def __init__(self, log_dir: Path, config: Config, data: str):
+        self.log_dir, self.config, self.data = log_dir, config, data
+        self.thread, self.pending, self.failure = ThreadPoolExecutor(max_workers=1), [], ""
+
+    def save(self, step: int, model: GPT, optimizer):
+        """Copy the state of the run to the CPU, and write the copy in the background."""
+        wait(self.pending)
+        checkpoint = {"step": step, "data": self.data}
+        checkpoint |= {"config": flatten(self.config), "gpt": asdict(model.config)}
+        checkpoint |= {"optimizer": optimizer.state_dict(), "model": model.state_dict()}
+        checkpoint = tree_map_only(torch.Tensor, lambda t: t.to("cpu", copy=True), checkpoint)
+        weights = checkpoint["model"]  # write the tied matrix once
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        self.pending = [self.thread.submit(self.write, checkpoint)]
+
+    def write(self, checkpoint: dict):
+        tmp = self.log_dir / "checkpoint.tmp"
+        try:
+            torch.save(checkpoint, tmp)
+            with open(tmp, "rb+") as file:
+                os.fsync(file.fileno())  # on the disk before it gets its name
+            os.replace(tmp, self.log_dir / f"step_{checkpoint['step']:06d}.pt")
+            keep, interval = self.config.keep_checkpoints, self.config.archive_interval
+            for old in sorted(self.log_dir.glob("step_*.pt"))[:-keep] if keep else []:
+                if not interval or int(old.stem[5:]) % interval:
+                    old.unlink()
+            self.failure = ""
+        except Exception as error:  # above all a full disk
+            self.failure = (str(error) or repr(error)).splitlines()[0]
+            tmp.unlink(missing_ok=True)
+
+
 class RunLog:
     """log.txt, one line `step stream value` for each number."""
 
@@ -461,7 +500,7 @@ class RunLog:
         fineweb.write_file(self.path, "".join(lines).encode())
 
     def write(self, step: int, stream: str, value: float):
-        with open(self.path, "a") as file:
+        with contextlib.suppress(OSError), open(self.path, "a") as file:  # a full disk
             file.write(f"{step} {stream} {value:.6f}\n")
 
 
@@ -496,7 +535,8 @@ def draw_curve(log_dir: Path, config: Config):
     right.set(title=Path(config.hellaswag_file).stem, xlabel="step", ylabel="accuracy")
     left.legend()
     right.legend()
-    figure.savefig(log_dir / "curve.png")
+    with contextlib.suppress(OSError):  # a full disk
+        figure.savefig(log_dir / "curve.png")
 
 
 def choose_log_dir(config: Config) -> Path:
@@ -522,6 +562,11 @@ def start_run(log_dir: Path, config: Config, n_params: int) -> FileLock:
         log_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(log_dir / "run.lock")
         lock.acquire(timeout=0)
+    needed = 12 * n_params * (config.keep_checkpoints + 1)  # bytes: weights and two moments
+    free = shutil.disk_usage(log_dir).free
+    if config.checkpoint_interval and free < needed:
+        have = f"checkpoints need {needed / 1e9:.1f} GB, {log_dir} has {free / 1e9:.1f} GB free"
+        raise SystemExit(f"{have}: free space, or lower --keep_checkpoints")
     shutil.rmtree(log_dir / "hf", ignore_errors=True)  # of a finished run that is extended
     fineweb.write_file(log_dir / "config.json", json.dumps(flatten(config), indent=2).encode())
     return lock
@@ -638,6 +683,7 @@ def train(config: Config):
     if master_process:
         lock = start_run(log_dir, config, n_params)
         log = RunLog(log_dir, first_step)
+        writer = CheckpointWriter(log_dir, config, data)
         epochs = config.max_steps * train_loader.sequences_per_step / train_loader.n_sequences
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
@@ -648,11 +694,7 @@ def train(config: Config):
         # save before evaluating: a run that is resumed from here repeats this step's evaluations
         save = is_due(config.checkpoint_interval, step, last_step)
         if master_process and save and step > first_step:
-            checkpoint = {"step": step, "data": data}
-            checkpoint |= {"config": flatten(config), "gpt": asdict(config.gpt)}
-            checkpoint |= {"optimizer": optimizer.state_dict(), "model": raw_model.state_dict()}
-            torch.save(checkpoint, log_dir / "checkpoint.tmp")
-            os.replace(log_dir / "checkpoint.tmp", log_dir / f"step_{step:06d}.pt")
+            writer.save(step, raw_model, optimizer)
         with autocast:
             if is_due(config.val_interval, step, last_step):
                 val_loss = evaluate_loss(model, val_loader, config.val_tokens, device)
@@ -708,9 +750,13 @@ def train(config: Config):
             line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f} | "
             line += f"mfu {mfu:.1%} | " if math.isfinite(mfu) else ""
             line += f"left {left // 3600:.0f}h{left % 3600 // 60:02.0f}m"
+            line += f" | checkpoint not written: {writer.failure}" if writer.failure else ""
             if step % config.log_interval == 0:
                 print(line, flush=True)
     if master_process:
+        wait(writer.pending)
+        if writer.failure:
+            print(f"the last checkpoint was not written: {writer.failure}")
         raw_model.save_pretrained(log_dir / "hf")
         draw_curve(log_dir, config)
         print(f"finished in {(time.time() - start) / 60:.1f} minutes; see {log_dir}/curve.png")

@@ -80,7 +80,7 @@ def test_two_ranks_have_the_losses_of_one(tmp_path):
 
 def test_a_resumed_run_has_the_same_losses_and_weights(tmp_path):
     write_shards(tmp_path, [200, 500, 900], vocab_size=257)
-    changes = {"data_dir": str(tmp_path), "checkpoint_interval": 2}
+    changes = {"data_dir": str(tmp_path), "checkpoint_interval": 2, "keep_checkpoints": 0}
     losses, *_ = run(tmp_path / "run", **changes)
     checkpoints = sorted((tmp_path / "run" / "log").glob("step_*.pt"))
     assert [path.stem for path in checkpoints] == ["step_000002", "step_000004", "step_000005"]
