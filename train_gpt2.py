@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -588,6 +589,23 @@ def check_resume(config: Config, checkpoint: dict, data: str) -> int:
     return checkpoint["step"]
 
 
+class StopSignal:
+    """Records SIGINT or SIGTERM: the run stops after the step. A second one ends the process."""
+
+    def __init__(self, *signals: signal.Signals):
+        self.signum, self.received_at = 0, math.inf
+        for signum in signals:
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum: int, frame):
+        # torchrun forwards the Ctrl-C that the ranks have already received from the terminal
+        if time.monotonic() > self.received_at + 1:
+            os._exit(128 + signum)
+        if not self.signum and os.environ.get("RANK", "0") == "0":
+            os.write(2, b"stopping after this step; a second signal stops at once\n")
+        self.signum, self.received_at = signum, min(self.received_at, time.monotonic())
+
+
 # ---- 7. devices and DDP --------------------------------------------------------------------------
 # dense bfloat16 TFLOP/s (V100, T4: float16) from the data sheets; the first match counts
 PEAK_TFLOPS = {"MIG": math.nan, "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989}
@@ -624,8 +642,8 @@ def is_due(interval: int, step: int, last_step: bool) -> bool:
     return interval > 0 and (step % interval == 0 or last_step)
 
 
-def train(config: Config):
-    """Train a model. Exits with one line on user errors."""
+def train(config: Config, stop_signal: StopSignal | None = None):
+    """Train a model. Exits with one line on user errors, and with 128 + signal after a signal."""
     # set up DDP; torchrun sets these environment variables
     ddp = "RANK" in os.environ
     ddp_rank = int(os.environ.get("RANK", 0))
@@ -640,6 +658,7 @@ def train(config: Config):
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ddp:
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    stop_signal = stop_signal or StopSignal()
     log_dir = choose_log_dir(config)
     if master_process and config.data_dir == "demo_data":
         prepare_demo_data(config)
@@ -688,13 +707,15 @@ def train(config: Config):
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
         print(f"{config.total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
-    start = time.time()
+    start, stopping = time.time(), False
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
         # save before evaluating: a run that is resumed from here repeats this step's evaluations
-        save = is_due(config.checkpoint_interval, step, last_step)
+        save = stopping or is_due(config.checkpoint_interval, step, last_step)
         if master_process and save and step > first_step:
             writer.save(step, raw_model, optimizer)
+        if stopping:
+            break
         with autocast:
             if is_due(config.val_interval, step, last_step):
                 val_loss = evaluate_loss(model, val_loader, config.val_tokens, device)
@@ -728,9 +749,10 @@ def train(config: Config):
             loss = loss / grad_accum_steps  # the gradients are added up: divide, for their mean
             loss_accum += loss.detach()
             loss.backward()
+        signum = torch.full_like(loss_accum, stop_signal.signum)
+        sums = torch.stack((loss_accum / ddp_world_size, signum))
         if ddp:
-            dist.all_reduce(loss_accum)
-            loss_accum /= ddp_world_size
+            dist.all_reduce(sums)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
@@ -739,15 +761,16 @@ def train(config: Config):
         raw_model.zero_grad(set_to_none=True)
         if device_type == "cuda":
             torch.cuda.synchronize()  # wait for the GPU to finish the step
+        loss_accum, stopping = sums.tolist()  # stopping: any signum
         dt = time.time() - t0  # in seconds
         if master_process:
-            log.write(step, "train", loss_accum.item())
+            log.write(step, "train", loss_accum)
             tokens_per_sec = config.total_batch_size / dt
             flops = raw_model.flops_per_token(T) * tokens_per_sec
             mfu = flops / (peak_flops(device) * ddp_world_size)
             left = (time.time() - start) * (config.max_steps - step - 1) / (step + 1 - first_step)
-            line = f"step {step:5d} | loss {loss_accum.item():.4f} | lr {lr:.2e} | "
-            line += f"norm {norm:.4f} | dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f} | "
+            line = f"step {step:5d} | loss {loss_accum:.4f} | lr {lr:.2e} | norm {norm:.4f} | "
+            line += f"dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f} | "
             line += f"mfu {mfu:.1%} | " if math.isfinite(mfu) else ""
             line += f"left {left // 3600:.0f}h{left % 3600 // 60:02.0f}m"
             line += f" | checkpoint not written: {writer.failure}" if writer.failure else ""
@@ -757,13 +780,18 @@ def train(config: Config):
         wait(writer.pending)
         if writer.failure:
             print(f"the last checkpoint was not written: {writer.failure}")
-        raw_model.save_pretrained(log_dir / "hf")
-        draw_curve(log_dir, config)
-        print(f"finished in {(time.time() - start) / 60:.1f} minutes; see {log_dir}/curve.png")
+        if stopping:
+            print(f"stopped at step {step}: the same command with --resume auto continues")
+        else:
+            raw_model.save_pretrained(log_dir / "hf")
+            draw_curve(log_dir, config)
+            print(f"finished in {(time.time() - start) / 60:.1f} minutes; see {log_dir}/curve.png")
         lock.release()
     if ddp:
         dist.barrier()  # torchrun ends the other ranks when one of them exits
         dist.destroy_process_group()
+    if stopping:
+        raise SystemExit(128 + (stop_signal.signum or signal.SIGTERM))
 
 
 # ---- 9. command line -----------------------------------------------------------------------------
@@ -780,7 +808,7 @@ def parse_args(args: list[str]) -> Config:
 
 if __name__ == "__main__":
     try:
-        train(parse_args(sys.argv[1:]))
+        train(parse_args(sys.argv[1:]), StopSignal(signal.SIGINT, signal.SIGTERM))
     except torch.OutOfMemoryError:
         sys.exit("out of GPU memory: halve --micro_batch_size (same losses) or use a smaller model")
     except SystemExit as error:  # only rank 0 prints the message
