@@ -31,11 +31,11 @@ shard_size = 100_000_000  # tokens per shard
 
 
 @contextlib.contextmanager
-def exit_on_error(message: str):
+def exit_on_error(message: str, kind: type[BaseException] = Exception):
     """Turns exceptions, of which each library has its own kinds, into a one-line SystemExit."""
     try:
         yield
-    except Exception as error:
+    except kind as error:
         raise SystemExit(f"{message} ({error!r:.300})") from error  # repr() has no line breaks
 
 

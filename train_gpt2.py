@@ -83,6 +83,7 @@ class Config:
     checkpoint_interval: int = 250  # steps between checkpoints, 1.5 GB each for GPT-2 124M
     keep_checkpoints: int = 2  # number of the newest checkpoints to keep; 0: all
     archive_interval: int = 5000  # checkpoints at its multiples are kept as well
+    max_bad_steps: int = 10  # stop after so many non-finite steps in a row; 0: never stop
     name: str = "gpt2"  # of the run; its folder is log/NAME-NNN
     out_dir: str = ""  # the run's folder, instead of log/NAME-NNN
     resume: str = ""  # continue the run in this folder; auto: the newest unfinished run
@@ -707,12 +708,12 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
         print(f"{config.total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
-    start, stopping = time.time(), False
+    start, bad_steps, stopping = time.time(), 0, False
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
         # save before evaluating: a run that is resumed from here repeats this step's evaluations
         save = stopping or is_due(config.checkpoint_interval, step, last_step)
-        if master_process and save and step > first_step:
+        if master_process and save and step > first_step and not bad_steps:
             writer.save(step, raw_model, optimizer)
         if stopping:
             break
@@ -753,15 +754,17 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         sums = torch.stack((loss_accum / ddp_world_size, signum))
         if ddp:
             dist.all_reduce(sums)
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        # the step waits for the GPU here only; the update overlaps with reading the next batch
+        loss_accum, stopping, norm = torch.stack((*sums, norm)).tolist()  # stopping: any signum
+        # skip a non-finite update, which would make all weights non-finite
+        bad_steps = 0 if math.isfinite(loss_accum + norm) else bad_steps + 1
+        if not bad_steps:
+            optimizer.step()
         raw_model.zero_grad(set_to_none=True)
-        if device_type == "cuda":
-            torch.cuda.synchronize()  # wait for the GPU to finish the step
-        loss_accum, stopping = sums.tolist()  # stopping: any signum
         dt = time.time() - t0  # in seconds
         if master_process:
             log.write(step, "train", loss_accum)
@@ -773,9 +776,12 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             line += f"dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f} | "
             line += f"mfu {mfu:.1%} | " if math.isfinite(mfu) else ""
             line += f"left {left // 3600:.0f}h{left % 3600 // 60:02.0f}m"
+            line += f" | not finite: update skipped, {bad_steps} in a row" if bad_steps else ""
             line += f" | checkpoint not written: {writer.failure}" if writer.failure else ""
-            if step % config.log_interval == 0:
+            if step % config.log_interval == 0 or bad_steps:
                 print(line, flush=True)
+        if bad_steps and bad_steps == config.max_bad_steps:
+            raise SystemExit(f"not finite {bad_steps} steps in a row: resume with a lower --lr")
     if master_process:
         wait(writer.pending)
         if writer.failure:
