@@ -31,11 +31,11 @@ shard_size = 100_000_000  # tokens per shard
 
 
 @contextlib.contextmanager
-def exit_on_error(message: str, kind: type[BaseException] = Exception):
+def exit_on_error(message: str):
     """Turns exceptions, of which each library has its own kinds, into a one-line SystemExit."""
     try:
         yield
-    except kind as error:
+    except Exception as error:
         raise SystemExit(f"{message} ({error!r:.300})") from error  # repr() has no line breaks
 
 

@@ -155,7 +155,7 @@ def main(model: str = "gpt2"):
     """Prints a model's accuracy on HellaSwag, without and with division by the length."""
     import train_gpt2  # not at the top, because train_gpt2 imports this module
 
-    device = train_gpt2.get_device()
+    device = train_gpt2.get_device("auto")
     gpt = train_gpt2.GPT.from_pretrained(model).to(device)
     enc = train_gpt2.get_encoding_for(gpt.config.vocab_size)
     examples = prepare(iterate_examples(), enc, gpt.config.block_size)

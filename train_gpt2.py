@@ -71,7 +71,8 @@ class Config:
     grad_clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     shuffle: bool = True  # read the sequences in a random order, a new one for each epoch
     seed: int = 1337  # of the initialization, the order of the data and samples
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of autocast
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these available
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: by GPU
     compile: bool = True  # torch.compile: a minute at the start, then much faster steps
     log_interval: int = 1  # steps between lines on the console
     val_interval: int = 250  # steps between validations; 0: never, as for all intervals
@@ -102,7 +103,7 @@ DEMO = Config(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_e
 DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.jsonl")
 DEMO = replace(DEMO, total_batch_size=24 * 128, micro_batch_size=12, max_steps=200, compile=False)
 DEMO = replace(DEMO, lr=3e-3, min_lr=3e-4, warmup_steps=20, val_interval=50, hellaswag_interval=50)
-DEMO = replace(DEMO, log_interval=10, val_tokens=20_000, dtype="float32", sample_prompt="def ")
+DEMO = replace(DEMO, log_interval=10, val_tokens=20_000, sample_prompt="def ")
 PRESETS = {
     # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
     "gpt2": Config(),
@@ -461,10 +462,10 @@ class CheckpointWriter:
         self.log_dir, self.config, self.data = log_dir, config, data
         self.thread, self.pending, self.failure = ThreadPoolExecutor(max_workers=1), [], ""
 
-    def save(self, step: int, model: GPT, optimizer):
+    def save(self, step: int, model: GPT, optimizer, scaler):
         """Copy the state of the run to the CPU, and write the copy in the background."""
         wait(self.pending)
-        checkpoint = {"step": step, "data": self.data}
+        checkpoint = {"step": step, "data": self.data, "scaler": scaler.state_dict()}
         checkpoint |= {"config": flatten(self.config), "gpt": asdict(model.config)}
         checkpoint |= {"optimizer": optimizer.state_dict(), "model": model.state_dict()}
         checkpoint = tree_map_only(torch.Tensor, lambda t: t.to("cpu", copy=True), checkpoint)
@@ -622,11 +623,24 @@ def peak_flops(device: str) -> float:
     return 1e12 * next((p for k, p in PEAK_TFLOPS.items() if words >= set(k.split())), math.nan)
 
 
-def get_device() -> str:
-    """The first of CUDA, MPS and CPU that is available; with CUDA each rank has its own."""
-    if torch.cuda.is_available():
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def get_device(name: str) -> str:
+    """auto, cuda, mps or cpu to a device; with CUDA each rank of a machine has its own."""
+    n_gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if n_gpus else "mps" if has_mps else "cpu"
+    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
+    if (name == "cuda" and n_ranks > n_gpus) or (name == "mps" and not has_mps):
+        raise SystemExit(f"{n_ranks} ranks, {n_gpus} GPUs for --device {name}: try --device cpu")
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def get_autocast(name: str, device: str) -> tuple[torch.dtype, torch.autocast]:
+    """The dtype of matmuls and its context manager. auto: float32; on CUDA bfloat16 or float16."""
+    dtype = torch.float32 if name == "auto" else getattr(torch, name)
+    if name == "auto" and device.startswith("cuda"):
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+    return dtype, torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32)
 
 
 def sum_over_ranks(*values: float, device: str) -> list[float]:
@@ -652,7 +666,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
     ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
     master_process = ddp_rank == 0  # this process does logging, checkpointing etc.
     check_config(config, ddp_world_size)
-    device = get_device()
+    device = get_device(config.device)
     device_type = device.split(":")[0]  # cuda:0 -> cuda
     if device_type == "cuda":
         torch.cuda.set_device(device)
@@ -677,8 +691,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         raw_model.load_state_dict(checkpoint["model"])
     raw_model.to(device)
     n_params = sum(p.numel() for p in raw_model.parameters())
-    dtype = getattr(torch, config.dtype)
-    autocast = torch.autocast(device_type, dtype, enabled=dtype != torch.float32)
+    dtype, autocast = get_autocast(config.dtype, device)
     # model is compiled and wrapped in DDP; raw_model is for all that has other shapes
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     if ddp:
@@ -694,11 +707,13 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         examples = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T)
     # optimizer
     optimizer = raw_model.configure_optimizers(config)
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     if checkpoint:
         # the moments are the checkpoint's, the hyperparameters those of this command
         state = checkpoint["optimizer"]
         state["param_groups"] = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(state)
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {}: no float16
         del checkpoint
     if master_process:
         lock = start_run(log_dir, config, n_params)
@@ -714,7 +729,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         # save before evaluating: a run that is resumed from here repeats this step's evaluations
         save = stopping or is_due(config.checkpoint_interval, step, last_step)
         if master_process and save and step > first_step and not bad_steps:
-            writer.save(step, raw_model, optimizer)
+            writer.save(step, raw_model, optimizer, scaler)
         if stopping:
             break
         with autocast:
@@ -749,12 +764,13 @@ def train(config: Config, stop_signal: StopSignal | None = None):
                 logits, loss = model(x, y)
             loss = loss / grad_accum_steps  # the gradients are added up: divide, for their mean
             loss_accum += loss.detach()
-            loss.backward()
+            scaler.scale(loss).backward()
         signum = torch.full_like(loss_accum, stop_signal.signum)
         sums = torch.stack((loss_accum / ddp_world_size, signum))
         if ddp:
             dist.all_reduce(sums)
         lr = get_lr(step, config)
+        scaler.unscale_(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = lr
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
@@ -763,7 +779,8 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         # skip a non-finite update, which would make all weights non-finite
         bad_steps = 0 if math.isfinite(loss_accum + norm) else bad_steps + 1
         if not bad_steps:
-            optimizer.step()
+            scaler.step(optimizer)
+        scaler.update()
         raw_model.zero_grad(set_to_none=True)
         dt = time.time() - t0  # in seconds
         if master_process:
