@@ -60,7 +60,7 @@ class Config:
     gpt: GPTConfig = GPTConfig()
     data_dir: str = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
     total_batch_size: int = 2**19  # tokens per step, over all ranks; about 0.5M, as for GPT-3
-    micro_batch_size: int = 64  # B, sequences per forward pass; same losses
+    micro_batch_size: int | Literal["auto"] = "auto"  # B, sequences per forward pass; same losses
     max_steps: int = 19_073  # optimizer steps; 10B tokens / 2**19
     lr: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
     min_lr: float = 6e-5  # learning rate after the decay
@@ -133,7 +133,8 @@ def check_config(config: Config, ddp_world_size: int = 1):
             raise SystemExit(f"--{name} {value} must be between {limits[0]} and {limits[1]}")
     if gpt.n_embd % gpt.n_head:
         raise SystemExit(f"--n_embd {gpt.n_embd} must be divisible by --n_head {gpt.n_head}")
-    if config.total_batch_size % (B * T * ddp_world_size):
+    n_sequences, rest = divmod(config.total_batch_size, T * ddp_world_size)
+    if rest or (B != "auto" and n_sequences % B):
         unit = f"--micro_batch_size {B} x --block_size {T} x {ddp_world_size} ranks"
         raise SystemExit(f"--total_batch_size {config.total_batch_size} is not divisible by {unit}")
 
@@ -652,6 +653,37 @@ def sum_over_ranks(*values: float, device: str) -> list[float]:
     return totals.tolist()
 
 
+def find_micro_batch_size(config: Config, model, ddp_world_size: int, device: str, autocast):
+    """B, the number of sequences per forward pass. auto: on a GPU the largest power of two that
+    divides the sequences of a rank and fits into memory, else at most 4."""
+    gpt, T = config.gpt, config.gpt.block_size
+    if config.micro_batch_size != "auto":
+        return config.micro_batch_size
+    B = math.gcd(config.total_batch_size // (T * ddp_world_size), 2**20)
+    if not device.startswith("cuda"):
+        return min(B, 4)
+    # AdamW's two moments, and as much as the weights to spare
+    reserved = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+    # bytes of logits, their gradient, and at least 10 activations per block; saves compilations
+    needed = 2 * T * (2 * gpt.vocab_size + 10 * gpt.n_layer * gpt.n_embd)
+    free, _ = torch.cuda.mem_get_info(device)
+    while B > 1:
+        idx, loss, failed = reserved[0].new_zeros(B, T, dtype=torch.int64), None, False
+        try:
+            if B * needed > free:
+                raise torch.OutOfMemoryError
+            with autocast:
+                loss = model(idx, idx)[1]
+            loss.backward()
+        except torch.OutOfMemoryError:
+            failed = True
+        model.zero_grad(set_to_none=True)
+        if sum_over_ranks(failed, device=device) == [0]:  # all ranks use the same B
+            break
+        B //= 2
+    return B
+
+
 # ---- 8. training ---------------------------------------------------------------------------------
 def is_due(interval: int, step: int, last_step: bool) -> bool:
     return interval > 0 and (step % interval == 0 or last_step)
@@ -683,7 +715,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
     # model
     torch.manual_seed(config.seed)
     checkpoint = load_checkpoint(log_dir) if log_dir.is_dir() else None
-    B, T = config.micro_batch_size, config.gpt.block_size
+    T = config.gpt.block_size
     data = fineweb.fingerprint(config.data_dir)
     first_step = check_resume(config, checkpoint, data) if checkpoint else 0
     raw_model = GPT(config.gpt)
@@ -697,7 +729,9 @@ def train(config: Config, stop_signal: StopSignal | None = None):
     if ddp:
         device_ids = [ddp_local_rank] if device_type == "cuda" else None
         model = DDP(model, device_ids=device_ids)
+        model.require_backward_grad_sync = False  # True on the last micro-step of each step
     # data
+    B = find_micro_batch_size(config, model, ddp_world_size, device, autocast)
     grad_accum_steps = config.total_batch_size // (B * T * ddp_world_size)
     train_loader = DataLoaderLite(config, "train", B, ddp_rank, ddp_world_size)
     if config.val_interval:
@@ -762,6 +796,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 logits, loss = model(x, y)
+            del logits  # (B, T, vocab_size): the largest tensor of a step
             loss = loss / grad_accum_steps  # the gradients are added up: divide, for their mean
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
