@@ -150,14 +150,17 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head = config.n_head
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        # flash attention never writes the (T, T) matrix (Dao et al. 2022)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if cache is not None:  # append to the keys and values of the tokens so far
+            past_k, past_v = cache.get(self, (k[:, :, :0], v[:, :, :0]))
+            k, v = cache[self] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
+        # flash attention never writes the (T, T) matrix (Dao et al. 2022); a single query sees all
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # concatenate the heads
         return self.c_proj(y)
 
@@ -186,9 +189,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         # pre-norm (GPT-2 paper, section 2.3): no LayerNorm changes the gradient between blocks
-        x = x + self.attn(self.ln_1(x))  # (B, T, C)
+        x = x + self.attn(self.ln_1(x), cache)  # (B, T, C)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -225,16 +228,18 @@ class GPT(nn.Module):
                     std /= math.sqrt(2 * self.config.n_layer)
                 p.normal_(std=std)
 
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
-        """The input of lm_head, (B, T, C), for tokens idx (B, T) int64."""
+    def hidden(self, idx: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
+        """The input of lm_head, (B, T, C), for tokens idx (B, T) int64. A cache, {} in the first
+        call, keeps the keys and values of all tokens: each later call gets one new token only."""
         T, block_size = idx.size(1), self.config.block_size
-        assert T <= block_size, f"{T} tokens, but block_size is {block_size}"
-        pos = torch.arange(T, device=idx.device)  # (T,)
+        start = next(iter(cache.values()))[0].size(2) if cache else 0  # tokens in the cache
+        assert start + T <= block_size, f"{start + T} tokens, but block_size is {block_size}"
+        pos = torch.arange(start, start + T, device=idx.device)  # (T,)
         pos_emb = self.transformer.wpe(pos)  # (T, C)
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         x = tok_emb + pos_emb
         for block in self.transformer.h:
-            x = block(x)  # (B, T, C)
+            x = block(x, cache)  # (B, T, C)
         return self.transformer.ln_f(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -252,13 +257,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, top_k=50, generator=None):
-        """Append max_new_tokens tokens to idx (B, T), each sampled from the top_k most likely."""
+        """Append max_new_tokens tokens to idx (B, T), each sampled from the top_k most likely. When
+        block_size is reached, the last half of the tokens becomes the new context."""
+        block_size = self.config.block_size
+        x, cache, n_cached = idx[:, -block_size:], {}, 0
         for _ in range(max_new_tokens):
-            logits = self.logits(self.hidden(idx[:, -self.config.block_size :])[:, -1])
+            if n_cached + x.size(1) > block_size:
+                x, cache, n_cached = idx[:, -max(1, block_size // 2) :], {}, 0
+            logits = self.logits(self.hidden(x, cache)[:, -1])  # (B, vocab_size)
+            n_cached += x.size(1)
             probs = F.softmax(logits.float(), dim=-1)  # (B, vocab_size)
             topk_probs, topk_indices = probs.topk(top_k)  # (B, top_k)
             ix = torch.multinomial(topk_probs, 1, generator=generator)  # (B, 1)
-            idx = torch.cat((idx, topk_indices.gather(-1, ix)), dim=1)
+            x = topk_indices.gather(-1, ix)  # (B, 1)
+            idx = torch.cat((idx, x), dim=1)
         return idx
 
     @classmethod
