@@ -90,7 +90,10 @@ class Config:
     resume: str = ""  # continue the run in this folder; auto: the newest unfinished run
     resume_anyway: bool = False  # resume although changed hyperparameters change the experiment
     num_samples: int = 4  # samples at a time
-    max_new_tokens: int = 24  # tokens per sample
+    max_new_tokens: int = 100  # tokens per sample
+    temperature: float = 1.0  # divides the logits; 0: always the most likely token
+    top_k: int = 50  # sample from the k most likely tokens only; 0: from all
+    top_p: float = 1.0  # sample from the most likely tokens with this total probability only
 
 
 # a run cannot be resumed with other values of these: the checkpoint would not fit
@@ -103,7 +106,7 @@ DEMO = Config(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_e
 DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.jsonl")
 DEMO = replace(DEMO, total_batch_size=24 * 128, micro_batch_size=12, max_steps=200, compile=False)
 DEMO = replace(DEMO, lr=3e-3, min_lr=3e-4, warmup_steps=20, val_interval=50, hellaswag_interval=50)
-DEMO = replace(DEMO, log_interval=10, val_tokens=20_000, sample_prompt="def ")
+DEMO = replace(DEMO, log_interval=10, val_tokens=20_000, sample_prompt="def ", temperature=0.7)
 PRESETS = {
     # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
     "gpt2": Config(),
@@ -126,7 +129,8 @@ def check_config(config: Config, ddp_world_size: int = 1):
     gpt, B, T = config.gpt, config.micro_batch_size, config.gpt.block_size
     at_least_1 = (*FIXED, "total_batch_size", "micro_batch_size", "max_steps", "val_tokens")
     at_least_1 += ("log_interval", "num_samples", "max_new_tokens")
-    low, high = dict.fromkeys(at_least_1, 1), {"beta1": 0.9999, "beta2": 0.9999}
+    low = dict.fromkeys(at_least_1, 1)
+    high = {"top_p": 1, "beta1": 0.9999, "beta2": 0.9999}
     for name, value in flatten(config).items():
         limits = low.get(name, 0), high.get(name, 1e12)
         if type(value) in (int, float) and not limits[0] <= value <= limits[1]:  # nan, too
@@ -256,21 +260,22 @@ class GPT(nn.Module):
         return logits, loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, top_k=50, generator=None):
-        """Append max_new_tokens tokens to idx (B, T), each sampled from the top_k most likely. When
-        block_size is reached, the last half of the tokens becomes the new context."""
-        block_size = self.config.block_size
+    def generate(
+        self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eot=None, generator=None
+    ):
+        """Append max_new_tokens sampled tokens to idx (B, T), or fewer if each row has sampled eot.
+        When block_size is reached, the last half of the tokens becomes the new context."""
+        T, block_size = idx.size(1), self.config.block_size
         x, cache, n_cached = idx[:, -block_size:], {}, 0
         for _ in range(max_new_tokens):
             if n_cached + x.size(1) > block_size:
                 x, cache, n_cached = idx[:, -max(1, block_size // 2) :], {}, 0
             logits = self.logits(self.hidden(x, cache)[:, -1])  # (B, vocab_size)
             n_cached += x.size(1)
-            probs = F.softmax(logits.float(), dim=-1)  # (B, vocab_size)
-            topk_probs, topk_indices = probs.topk(top_k)  # (B, top_k)
-            ix = torch.multinomial(topk_probs, 1, generator=generator)  # (B, 1)
-            x = topk_indices.gather(-1, ix)  # (B, 1)
+            x = sample_token(logits.float(), temperature, top_k, top_p, generator)  # (B, 1)
             idx = torch.cat((idx, x), dim=1)
+            if eot is not None and (idx[:, T:] == eot).any(dim=1).all():
+                break
         return idx
 
     @classmethod
@@ -335,6 +340,25 @@ class GPT(nn.Module):
         half of the 12 * L * C * T in the PaLM paper (appendix B), since the mask skips half."""
         n_params = sum(p.numel() for p in self.parameters())
         return 6 * n_params + 6 * self.config.n_layer * self.config.n_embd * T
+
+
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
+    """A token (B, 1) for each row of logits (B, vocab_size). temperature 0: the most likely one;
+    top_k 0: no limit; top_p: nucleus sampling (Holtzman et al. 2019)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k:
+        kth_logit = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth_logit, -math.inf)
+    probs = F.softmax(logits, dim=-1)
+    if top_p < 1.0:
+        sorted_probs, order = probs.sort(dim=-1, descending=True)
+        # drop a token if the more likely ones already have a total probability of top_p
+        drop = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p
+        drop[:, 0] = False
+        probs = probs.masked_fill(drop.scatter(-1, order, drop), 0.0)
+    return torch.multinomial(probs, 1, generator=generator)
 
 
 # OpenAI's release stores these as (in, out), nn.Linear as (out, in)
@@ -441,12 +465,14 @@ def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str)
 
 def sample_texts(model: GPT, enc, prompt: str, config: Config):
     """Yield num_samples continuations of the prompt, each with the prompt."""
-    idx = torch.tensor([enc.encode(prompt)], device=model.lm_head.weight.device)  # (1, T)
+    tokens = enc.encode(prompt, allowed_special="all") or [enc.eot_token]
+    idx = torch.tensor([tokens], device=model.lm_head.weight.device)  # (1, T)
+    sampling = (config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     model.eval()
     for i in range(config.num_samples):
         generator = torch.Generator(idx.device).manual_seed(config.seed + i)
-        tokens = model.generate(idx, config.max_new_tokens, generator=generator)[0]
-        yield enc.decode(tokens.tolist())
+        tokens = model.generate(idx, *sampling, enc.eot_token, generator)[0, idx.size(1) :].tolist()
+        yield prompt + enc.decode([token for token in tokens if token < enc.eot_token])
     model.train()
 
 
