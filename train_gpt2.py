@@ -5,6 +5,7 @@
     python train_gpt2.py gpt2 --lr 1e-3         # every hyperparameter is a flag; --help lists them
     torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2
     python train_gpt2.py gpt2 --resume auto     # continue the newest unfinished run, or start one
+    python train_gpt2.py --prompt "Hello, I'm a language model," --init_from log/gpt2-001
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
@@ -59,6 +60,7 @@ class Config:
 
     gpt: GPTConfig = GPTConfig()
     data_dir: str = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
+    init_from: str = ""  # weights for --prompt: gpt2 to gpt2-xl, a run, a folder
     total_batch_size: int = 2**19  # tokens per step, over all ranks; about 0.5M, as for GPT-3
     micro_batch_size: int | Literal["auto"] = "auto"  # B, sequences per forward pass; same losses
     max_steps: int = 19_073  # optimizer steps; 10B tokens / 2**19
@@ -89,7 +91,8 @@ class Config:
     out_dir: str = ""  # the run's folder, instead of log/NAME-NNN
     resume: str = ""  # continue the run in this folder; auto: the newest unfinished run
     resume_anyway: bool = False  # resume although changed hyperparameters change the experiment
-    num_samples: int = 4  # samples at a time
+    prompt: tuple[str, ...] = ()  # instead of training: continue this text; "-" reads stdin
+    num_samples: int = 4  # samples for each prompt
     max_new_tokens: int = 100  # tokens per sample
     temperature: float = 1.0  # divides the logits; 0: always the most likely token
     top_k: int = 50  # sample from the k most likely tokens only; 0: from all
@@ -882,6 +885,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             raw_model.save_pretrained(log_dir / "hf")
             draw_curve(log_dir, config)
             print(f"finished in {(time.time() - start) / 60:.1f} minutes; see {log_dir}/curve.png")
+            print(f'python train_gpt2.py --prompt "{config.sample_prompt}" --init_from "{log_dir}"')
         lock.release()
     if ddp:
         dist.barrier()  # torchrun ends the other ranks when one of them exits
@@ -890,7 +894,19 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         raise SystemExit(128 + (stop_signal.signum or signal.SIGTERM))
 
 
-# ---- 9. command line -----------------------------------------------------------------------------
+# ---- 9. sampling ---------------------------------------------------------------------------------
+def load_model(source: str) -> GPT:
+    """The model of a step_NNNNNN.pt, a run's folder, or a from_pretrained source."""
+    path = Path(source)
+    checkpoint = load_checkpoint(path) if path.is_dir() or path.suffix == ".pt" else None
+    if not checkpoint:
+        return GPT.from_pretrained(str(path / "hf") if (path / "hf").is_dir() else source)
+    model = GPT(GPTConfig(**checkpoint["gpt"]))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+# ---- 10. command line ----------------------------------------------------------------------------
 def parse_args(args: list[str]) -> Config:
     """`[PRESET] [--field value]...`; without a preset, gpt2."""
     import tyro
@@ -902,11 +918,31 @@ def parse_args(args: list[str]) -> Config:
     return tyro.cli(Config, args=flags, default=default, config=[style], use_underscores=True)
 
 
+def main(config: Config):
+    """Train, or continue the prompts."""
+    if not config.prompt:
+        return train(config, StopSignal(signal.SIGINT, signal.SIGTERM))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
+    check_config(config)
+    config = replace(config, init_from=config.init_from or "gpt2")
+    model = load_model(config.init_from)
+    device, enc = get_device(config.device), get_encoding_for(model.config.vocab_size)
+    model.to(device)
+    for prompt in config.prompt:
+        prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+        for text in sample_texts(model, enc, prompt, config):
+            print(f"> {text}", flush=True)
+
+
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not all consoles and locales have all characters
     try:
-        train(parse_args(sys.argv[1:]), StopSignal(signal.SIGINT, signal.SIGTERM))
+        main(parse_args(sys.argv[1:]))
     except torch.OutOfMemoryError:
         sys.exit("out of GPU memory: halve --micro_batch_size (same losses) or use a smaller model")
+    except BrokenPipeError:
+        os.write(2, b"stopped, because the program that reads the output has ended\n")
+        os._exit(1)  # without writing the rest of the output
     except SystemExit as error:  # only rank 0 prints the message
         silent = isinstance(error.code, str) and int(os.environ.get("RANK", 0)) > 0
         sys.exit(1 if silent else error.code)
