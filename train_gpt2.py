@@ -6,6 +6,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2
     python train_gpt2.py gpt2 --resume auto     # continue the newest unfinished run, or start one
     python train_gpt2.py --prompt "Hello, I'm a language model," --init_from log/gpt2-001
+    python train_gpt2.py --export my_gpt2 --init_from log/gpt2-001
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
@@ -60,7 +61,7 @@ class Config:
 
     gpt: GPTConfig = GPTConfig()
     data_dir: str = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
-    init_from: str = ""  # weights for --prompt: gpt2 to gpt2-xl, a run, a folder
+    init_from: str = ""  # weights for --prompt, --export: gpt2 to gpt2-xl, USER/NAME, run, folder
     total_batch_size: int = 2**19  # tokens per step, over all ranks; about 0.5M, as for GPT-3
     micro_batch_size: int | Literal["auto"] = "auto"  # B, sequences per forward pass; same losses
     max_steps: int = 19_073  # optimizer steps; 10B tokens / 2**19
@@ -97,6 +98,7 @@ class Config:
     temperature: float = 1.0  # divides the logits; 0: always the most likely token
     top_k: int = 50  # sample from the k most likely tokens only; 0: from all
     top_p: float = 1.0  # sample from the most likely tokens with this total probability only
+    export: str = ""  # instead of training: write the weights to this folder for transformers
 
 
 # a run cannot be resumed with other values of these: the checkpoint would not fit
@@ -283,27 +285,39 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str) -> "GPT":
-        """Load OpenAI's weights from the hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl), or a folder
-        written by transformers."""
-        from huggingface_hub import snapshot_download
+        """Load a GPT-2 from the hub (gpt2, USER/NAME) or from a folder written by transformers."""
+        expected = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, USER/NAME on the hub, a run or a folder"
+        with fineweb.exit_on_error(f"cannot load {model_type}, expected {expected}"):
+            from huggingface_hub import snapshot_download
 
-        folder = Path(model_type)
-        if not folder.is_dir():
-            files = ["config.json", "model.safetensors"]
-            repo = f"openai-community/{model_type}"
-            folder = Path(snapshot_download(repo, allow_patterns=files))
-        hf = json.loads((folder / "config.json").read_text())
-        sizes = [hf[k] for k in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")]
-        state = {}
-        for name, w in load_file(folder / "model.safetensors").items():
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks
-                name = "transformer." + name.removeprefix("transformer.")
-                state[name] = w.t() if name.endswith(TRANSPOSED) else w
-        wte = F.pad(state["transformer.wte.weight"], (0, 0, 0, -hf["vocab_size"] % 64))
-        state["transformer.wte.weight"] = state["lm_head.weight"] = wte
-        model = cls(GPTConfig(*sizes))
-        model.load_state_dict(state)
-        return model
+            folder, new, old = Path(model_type), "model*.safetensors", "pytorch_model*.bin"
+            if not folder.is_dir():
+                repo = model_type if "/" in model_type else f"openai-community/{model_type}"
+                folder = Path(snapshot_download(repo, allow_patterns=["config.json", new]))
+                if not any(folder.glob(new)):
+                    snapshot_download(repo, allow_patterns=old)
+            hf = HF_CONFIG | json.loads((folder / "config.json").read_text())
+            same = {"gelu_pytorch_tanh": "gelu_new", 4 * hf["n_embd"]: None}  # synonyms
+            other = {k: hf[k] for k, value in HF_CONFIG.items() if same.get(hf[k], hf[k]) != value}
+            if other:
+                raise ValueError(f"GPT-2 does not have {other}")
+            sizes = [hf[k] for k in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")]
+            weights, state = {}, {}
+            for path in sorted(folder.glob(new)) or sorted(folder.glob(old)):  # one or several
+                is_new = path.suffix == ".safetensors"
+                weights |= load_file(path) if is_new else torch.load(path, "cpu", weights_only=True)
+            for name, w in weights.items():
+                if not re.search(r"\.attn\.(masked_)?bias$|head|^score\.", name):  # masks, heads
+                    name = "transformer." + name.removeprefix("transformer.")
+                    state[name] = w.t() if name.endswith(TRANSPOSED) else w
+            wte = state["transformer.wte.weight"]
+            if not torch.equal(weights.get("lm_head.weight", wte), wte):
+                raise ValueError("lm_head.weight is not equal to wte.weight, as it is in GPT-2")
+            wte = F.pad(wte, (0, 0, 0, -hf["vocab_size"] % 64))
+            state["transformer.wte.weight"] = state["lm_head.weight"] = wte
+            model = cls(GPTConfig(*sizes))
+            model.load_state_dict(state)
+            return model
 
     def save_pretrained(self, folder: str | Path):
         """Write a new folder that transformers can load. It is complete or absent."""
@@ -316,7 +330,7 @@ class GPT(nn.Module):
         hf = HF_CONFIG | {"architectures": ["GPT2LMHeadModel"]} | asdict(config)
         hf |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)
         hf |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
-        eot = config.vocab_size - 1
+        eot = min(config.vocab_size, 50257) - 1
         hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
         with fineweb.exit_on_error(f"cannot write {folder}"):
             tmp = folder.with_name(folder.name + ".tmp")
@@ -894,7 +908,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         raise SystemExit(128 + (stop_signal.signum or signal.SIGTERM))
 
 
-# ---- 9. sampling ---------------------------------------------------------------------------------
+# ---- 9. sampling, export -------------------------------------------------------------------------
 def load_model(source: str) -> GPT:
     """The model of a step_NNNNNN.pt, a run's folder, or a from_pretrained source."""
     path = Path(source)
@@ -919,13 +933,21 @@ def parse_args(args: list[str]) -> Config:
 
 
 def main(config: Config):
-    """Train, or continue the prompts."""
-    if not config.prompt:
+    """Train, or do what export or prompt ask for."""
+    tasks = [config.export, config.prompt]
+    if not any(tasks):
         return train(config, StopSignal(signal.SIGINT, signal.SIGTERM))
+    if all(tasks):
+        raise SystemExit("give only one of --export and --prompt")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     check_config(config)
     config = replace(config, init_from=config.init_from or "gpt2")
+    if config.export and Path(config.export).exists():
+        raise SystemExit(f"{config.export} exists: give --export a new folder")
     model = load_model(config.init_from)
+    if config.export:
+        model.save_pretrained(config.export)
+        return print(f"{config.export} is written: transformers can load it")
     device, enc = get_device(config.device), get_encoding_for(model.config.vocab_size)
     model.to(device)
     for prompt in config.prompt:
