@@ -53,6 +53,7 @@ class GPTConfig:
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # attention heads in each block
     n_embd: int = 768  # channels
+    dropout: float = 0.0  # probability; training for about one epoch needs none
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Config:
 
     gpt: GPTConfig = GPTConfig()
     data_dir: str = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
-    init_from: str = ""  # weights for --prompt, --export: gpt2 to gpt2-xl, USER/NAME, run, folder
+    init_from: str = ""  # initial weights: gpt2 to gpt2-xl, USER/NAME on the hub, a run, a folder
     total_batch_size: int = 2**19  # tokens per step, over all ranks; about 0.5M, as for GPT-3
     micro_batch_size: int | Literal["auto"] = "auto"  # B, sequences per forward pass; same losses
     max_steps: int = 19_073  # optimizer steps; 10B tokens / 2**19
@@ -73,7 +74,7 @@ class Config:
     beta2: float = 0.95  # AdamW: decay rate of the mean of its square
     grad_clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
     shuffle: bool = True  # read the sequences in a random order, a new one for each epoch
-    seed: int = 1337  # of the initialization, the order of the data and samples
+    seed: int = 1337  # of the initialization, the order of the data, dropout and samples
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these available
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: by GPU
     compile: bool = True  # torch.compile: a minute at the start, then much faster steps
@@ -105,19 +106,22 @@ class Config:
 FIXED = "block_size vocab_size n_layer n_head n_embd".split()
 # a run that is resumed with other values of these is another experiment; data: the shards
 EXPERIMENT = "data total_batch_size max_steps lr min_lr warmup_steps".split()
-EXPERIMENT += "weight_decay beta1 beta2 grad_clip shuffle seed".split()
+EXPERIMENT += "weight_decay beta1 beta2 grad_clip dropout shuffle seed".split()
 # bytes as tokens; too small for torch.compile to save time on a CPU
 DEMO = Config(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96))
 DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.jsonl")
 DEMO = replace(DEMO, total_batch_size=24 * 128, micro_batch_size=12, max_steps=200, compile=False)
 DEMO = replace(DEMO, lr=3e-3, min_lr=3e-4, warmup_steps=20, val_interval=50, hellaswag_interval=50)
 DEMO = replace(DEMO, log_interval=10, val_tokens=20_000, sample_prompt="def ", temperature=0.7)
+FINETUNE = Config(init_from="gpt2", data_dir="my_data", total_batch_size=2**15, max_steps=200)
+FINETUNE = replace(FINETUNE, lr=3e-5, min_lr=3e-6, warmup_steps=20)
 PRESETS = {
     # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
     "gpt2": Config(),
     "gpt2-medium": Config(GPTConfig(n_layer=24, n_head=16, n_embd=1024), lr=3e-4, min_lr=3e-5),
     "gpt2-large": Config(GPTConfig(n_layer=36, n_head=20, n_embd=1280), lr=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": Config(GPTConfig(n_layer=48, n_head=25, n_embd=1600), lr=2e-4, min_lr=2e-5),
+    "finetune": replace(FINETUNE, val_interval=50, hellaswag_interval=0),
     "demo": DEMO,
 }
 Config.__doc__ += f" Presets: {', '.join(PRESETS)}."  # for --help
@@ -135,7 +139,7 @@ def check_config(config: Config, ddp_world_size: int = 1):
     at_least_1 = (*FIXED, "total_batch_size", "micro_batch_size", "max_steps", "val_tokens")
     at_least_1 += ("log_interval", "num_samples", "max_new_tokens")
     low = dict.fromkeys(at_least_1, 1)
-    high = {"top_p": 1, "beta1": 0.9999, "beta2": 0.9999}
+    high = {"dropout": 1, "top_p": 1, "beta1": 0.9999, "beta2": 0.9999}
     for name, value in flatten(config).items():
         limits = low.get(name, 0), high.get(name, 1e12)
         if type(value) in (int, float) and not limits[0] <= value <= limits[1]:  # nan, too
@@ -157,7 +161,9 @@ class CausalSelfAttention(nn.Module):
         assert config.n_embd % config.n_head == 0
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
+        self.dropout = config.dropout
 
     def forward(self, x: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         B, T, C = x.size()
@@ -169,9 +175,10 @@ class CausalSelfAttention(nn.Module):
             past_k, past_v = cache.get(self, (k[:, :, :0], v[:, :, :0]))
             k, v = cache[self] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         # flash attention never writes the (T, T) matrix (Dao et al. 2022); a single query sees all
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # concatenate the heads
-        return self.c_proj(y)
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -182,10 +189,11 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.gelu = nn.GELU(approximate="tanh")  # the approximation that GPT-2 used
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.gelu(self.c_fc(x))  # (B, T, 4C)
-        return self.c_proj(x)  # (B, T, C)
+        return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -216,6 +224,7 @@ class GPT(nn.Module):
         modules = {
             "wte": nn.Embedding(padded_vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
             "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             "ln_f": nn.LayerNorm(config.n_embd),
         }
@@ -246,7 +255,7 @@ class GPT(nn.Module):
         pos = torch.arange(start, start + T, device=idx.device)  # (T,)
         pos_emb = self.transformer.wpe(pos)  # (T, C)
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
-        x = tok_emb + pos_emb
+        x = self.transformer.drop(tok_emb + pos_emb)
         for block in self.transformer.h:
             x = block(x, cache)  # (B, T, C)
         return self.transformer.ln_f(x)
@@ -284,7 +293,7 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
-    def from_pretrained(cls, model_type: str) -> "GPT":
+    def from_pretrained(cls, model_type: str, dropout: float = 0.0) -> "GPT":
         """Load a GPT-2 from the hub (gpt2, USER/NAME) or from a folder written by transformers."""
         expected = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, USER/NAME on the hub, a run or a folder"
         with fineweb.exit_on_error(f"cannot load {model_type}, expected {expected}"):
@@ -315,7 +324,7 @@ class GPT(nn.Module):
                 raise ValueError("lm_head.weight is not equal to wte.weight, as it is in GPT-2")
             wte = F.pad(wte, (0, 0, 0, -hf["vocab_size"] % 64))
             state["transformer.wte.weight"] = state["lm_head.weight"] = wte
-            model = cls(GPTConfig(*sizes))
+            model = cls(GPTConfig(*sizes, dropout))
             model.load_state_dict(state)
             return model
 
@@ -329,7 +338,7 @@ class GPT(nn.Module):
             weights[name] = (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
         hf = HF_CONFIG | {"architectures": ["GPT2LMHeadModel"]} | asdict(config)
         hf |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)
-        hf |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+        hf |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
         eot = min(config.vocab_size, 50257) - 1
         hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
         with fineweb.exit_on_error(f"cannot write {folder}"):
@@ -771,14 +780,19 @@ def train(config: Config, stop_signal: StopSignal | None = None):
     torch.manual_seed(config.seed)
     checkpoint = load_checkpoint(log_dir) if log_dir.is_dir() else None
     T = config.gpt.block_size
-    data = fineweb.fingerprint(config.data_dir)
-    first_step = check_resume(config, checkpoint, data) if checkpoint else 0
-    raw_model = GPT(config.gpt)
-    if checkpoint:
-        raw_model.load_state_dict(checkpoint["model"])
+    if checkpoint or config.init_from:
+        raw_model = load_model(config.init_from, checkpoint, config.gpt.dropout)
+    else:
+        raw_model = GPT(config.gpt)
+    if config.init_from:  # T may be smaller than the number of positions of the given weights
+        if T > raw_model.config.block_size:
+            raise SystemExit(f"--block_size {T} must be at most {raw_model.config.block_size}")
+        config = replace(config, gpt=replace(raw_model.config, block_size=T))
     raw_model.to(device)
     n_params = sum(p.numel() for p in raw_model.parameters())
     dtype, autocast = get_autocast(config.dtype, device)
+    data = fineweb.fingerprint(config.data_dir)
+    first_step = check_resume(config, checkpoint, data) if checkpoint else 0
     # model is compiled and wrapped in DDP; raw_model is for all that has other shapes
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     if ddp:
@@ -841,6 +855,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             break
 
         # one training step
+        torch.manual_seed(config.seed + step * ddp_world_size + ddp_rank)  # of dropout
         t0 = time.time()
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
@@ -909,13 +924,14 @@ def train(config: Config, stop_signal: StopSignal | None = None):
 
 
 # ---- 9. sampling, export -------------------------------------------------------------------------
-def load_model(source: str) -> GPT:
-    """The model of a step_NNNNNN.pt, a run's folder, or a from_pretrained source."""
+def load_model(source: str, checkpoint: dict | None = None, dropout: float = 0.0) -> GPT:
+    """The model of a checkpoint, a step_NNNNNN.pt, a run's folder, or a from_pretrained source."""
     path = Path(source)
-    checkpoint = load_checkpoint(path) if path.is_dir() or path.suffix == ".pt" else None
+    if not checkpoint and (path.is_dir() or path.suffix == ".pt"):
+        checkpoint = load_checkpoint(path)
     if not checkpoint:
-        return GPT.from_pretrained(str(path / "hf") if (path / "hf").is_dir() else source)
-    model = GPT(GPTConfig(**checkpoint["gpt"]))
+        return GPT.from_pretrained(str(path / "hf") if (path / "hf").is_dir() else source, dropout)
+    model = GPT(replace(GPTConfig(**checkpoint["gpt"]), dropout=dropout))
     model.load_state_dict(checkpoint["model"])
     return model
 
