@@ -113,6 +113,22 @@ def prepare(
     return sorted(rendered, key=lambda example: example.tokens.size(1), reverse=True)
 
 
+class Counts(NamedTuple):
+    """Results as integers, which can be summed over ranks."""
+
+    num_correct: int
+    num_correct_norm: int
+    num_total: int
+
+    def __str__(self) -> str:
+        n = self.num_total
+        acc, acc_norm = self.num_correct / n, self.num_correct_norm / n
+        # standard error of the mean of n independent examples
+        se, se_norm = ((p * (1 - p) / max(1, n - 1)) ** 0.5 for p in (acc, acc_norm))
+        scores = f"acc {acc:.4f} (se {se:.4f}) acc_norm {acc_norm:.4f} (se {se_norm:.4f})"
+        return f"{scores} on {n:,} examples"
+
+
 def get_sum_loss(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sums the cross-entropy of each row's masked tokens: (R, N), (R, N) to (R,) float64."""
     shift_tokens, shift_mask = tokens[:, 1:], mask[:, 1:] == 1  # (R, N-1)
@@ -128,9 +144,9 @@ def get_sum_loss(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
 @torch.no_grad()
 def evaluate(
     model, examples: list[RenderedExample], rank=0, world_size=1, batch_size=16, progress=False
-) -> tuple[int, int, int]:
+) -> Counts:
     """Counts the correct choices of an uncompiled GPT on this rank's share of the examples. A batch
-    has 4 * batch_size rows. Returns num_correct, num_correct_norm and num_total."""
+    has 4 * batch_size rows. If losses are equal, the first ending is chosen."""
     examples = examples[rank::world_size]
     device, was_training = model.lm_head.weight.device, model.training
     num_correct = num_correct_norm = 0
@@ -148,20 +164,18 @@ def evaluate(
             num_correct_norm += (avg_loss.argmin(dim=1) == labels).sum().item()
     finally:
         model.train(was_training)
-    return num_correct, num_correct_norm, len(examples)
+    return Counts(num_correct, num_correct_norm, len(examples))
 
 
 def main(model: str = "gpt2"):
-    """Prints a model's accuracy on HellaSwag, without and with division by the length."""
+    """Prints a model's scores on HellaSwag, with their standard errors."""
     import train_gpt2  # not at the top, because train_gpt2 imports this module
 
     device = train_gpt2.get_device("auto")
-    gpt = train_gpt2.GPT.from_pretrained(model).to(device)
+    gpt = train_gpt2.load_model(model).to(device)
     enc = train_gpt2.get_encoding_for(gpt.config.vocab_size)
     examples = prepare(iterate_examples(), enc, gpt.config.block_size)
-    num_correct, num_correct_norm, num_total = evaluate(gpt, examples, progress=True)
-    acc, acc_norm = num_correct / num_total, num_correct_norm / num_total
-    print(f"HellaSwag acc {acc:.4f} acc_norm {acc_norm:.4f} on {num_total:,} examples")
+    print(f"HellaSwag {evaluate(gpt, examples, progress=True)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2
     python train_gpt2.py gpt2 --resume auto     # continue the newest unfinished run, or start one
     python train_gpt2.py --prompt "Hello, I'm a language model," --init_from log/gpt2-001
+    python train_gpt2.py --eval_only --init_from gpt2
     python train_gpt2.py --export my_gpt2 --init_from log/gpt2-001
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
@@ -99,6 +100,7 @@ class Config:
     temperature: float = 1.0  # divides the logits; 0: always the most likely token
     top_k: int = 50  # sample from the k most likely tokens only; 0: from all
     top_p: float = 1.0  # sample from the most likely tokens with this total probability only
+    eval_only: bool = False  # instead of training: evaluate the weights in init_from
     export: str = ""  # instead of training: write the weights to this folder for transformers
 
 
@@ -471,12 +473,12 @@ def get_lr(step: int, config: Config) -> float:
 
 # ---- 5. evaluation -------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str) -> float:
-    """Mean cross-entropy in nats per token for the first n_tokens of the validation split. The
-    ranks split the sequences."""
+def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str):
+    """Mean cross-entropy in nats per token, next-token accuracy, and number of tokens, for the
+    first n_tokens of the validation split. The ranks split the sequences."""
     n_sequences = max(1, min(n_tokens // val_loader.T, val_loader.n_sequences))
     indices = range(val_loader.ddp_rank, n_sequences, val_loader.ddp_world_size)
-    loss_sum = 0.0
+    loss_sum = num_correct = 0.0
     model.eval()
     for i in range(0, len(indices), val_loader.B):
         rows = list(indices[i : i + val_loader.B])
@@ -484,9 +486,11 @@ def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str)
         y[len(rows) :] = -100  # no loss for the rows that only fill up the last batch
         logits, loss = model(x.to(device), y.to(device))
         loss_sum += loss.item() * len(rows) * val_loader.T
+        num_correct += (logits.argmax(dim=-1).cpu() == y).sum().item()
     model.train()
-    (loss_sum,) = sum_over_ranks(loss_sum, device=device)
-    return loss_sum / (n_sequences * val_loader.T)
+    loss_sum, num_correct = sum_over_ranks(loss_sum, num_correct, device=device)
+    n_tokens = n_sequences * val_loader.T
+    return loss_sum / n_tokens, num_correct / n_tokens, n_tokens
 
 
 def sample_texts(model: GPT, enc, prompt: str, config: Config):
@@ -837,7 +841,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             break
         with autocast:
             if is_due(config.val_interval, step, last_step):
-                val_loss = evaluate_loss(model, val_loader, config.val_tokens, device)
+                val_loss = evaluate_loss(model, val_loader, config.val_tokens, device)[0]
                 if master_process:
                     print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
                     log.write(step, "val", val_loss)
@@ -923,7 +927,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         raise SystemExit(128 + (stop_signal.signum or signal.SIGTERM))
 
 
-# ---- 9. sampling, export -------------------------------------------------------------------------
+# ---- 9. sampling, evaluation only, export --------------------------------------------------------
 def load_model(source: str, checkpoint: dict | None = None, dropout: float = 0.0) -> GPT:
     """The model of a checkpoint, a step_NNNNNN.pt, a run's folder, or a from_pretrained source."""
     path = Path(source)
@@ -934,6 +938,25 @@ def load_model(source: str, checkpoint: dict | None = None, dropout: float = 0.0
     model = GPT(replace(GPTConfig(**checkpoint["gpt"]), dropout=dropout))
     model.load_state_dict(checkpoint["model"])
     return model
+
+
+def evaluate_only(model: GPT, enc, device: str, config: Config):
+    """Print the evaluations of the training loop, once."""
+    T = min(config.gpt.block_size, model.config.block_size)
+    config = replace(config, gpt=replace(model.config, block_size=T))
+    with get_autocast(config.dtype, device)[1]:
+        if config.val_interval:
+            val_loader = DataLoaderLite(config, "val", B=8, ddp_rank=0, ddp_world_size=1)
+            loss, accuracy, n = evaluate_loss(model, val_loader, config.val_tokens, device)
+            _, y = val_loader.sequences(range(n // T))
+            n_bytes = len(enc.decode_bytes(y[y != enc.eot_token].tolist()))
+            print(f"validation loss      {loss:.4f} nats per token, {n:,} tokens")
+            print(f"perplexity           {math.exp(loss):.2f}")
+            print(f"next-token accuracy  {accuracy:.4f}")
+            print(f"bits per byte        {loss * n / math.log(2) / n_bytes:.4f}")
+        if config.hellaswag_interval:
+            rows = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T)
+            print(f"HellaSwag            {hellaswag.evaluate(model, rows)}")
 
 
 # ---- 10. command line ----------------------------------------------------------------------------
@@ -949,12 +972,12 @@ def parse_args(args: list[str]) -> Config:
 
 
 def main(config: Config):
-    """Train, or do what export or prompt ask for."""
-    tasks = [config.export, config.prompt]
+    """Train, or do what eval_only, export or prompt ask for."""
+    tasks = [config.eval_only, config.export, config.prompt]
     if not any(tasks):
         return train(config, StopSignal(signal.SIGINT, signal.SIGTERM))
-    if all(tasks):
-        raise SystemExit("give only one of --export and --prompt")
+    if sum(map(bool, tasks)) > 1:
+        raise SystemExit("give only one of --eval_only, --export and --prompt")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     check_config(config)
     config = replace(config, init_from=config.init_from or "gpt2")
@@ -966,6 +989,8 @@ def main(config: Config):
         return print(f"{config.export} is written: transformers can load it")
     device, enc = get_device(config.device), get_encoding_for(model.config.vocab_size)
     model.to(device)
+    if config.eval_only:
+        return evaluate_only(model, enc, device, config)
     for prompt in config.prompt:
         prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
         for text in sample_texts(model, enc, prompt, config):
