@@ -7,8 +7,14 @@ model generated the others, selected to fool classifiers (Zellers et al. 2019, a
 Small models cannot answer multiple-choice questions, so each ending is scored as a continuation of
 the context, and the most likely one is the model's choice. Random guessing scores 0.25.
 
-`acc` chooses the ending with the lowest summed loss; `acc_norm` first divides each sum by the
-number of tokens of the ending. GPT-2 124M has acc 0.2859 and acc_norm 0.2955 (build-nanogpt).
+An example can be rendered in two ways, and each has two scores. `acc` chooses the ending with the
+lowest summed loss; `acc_norm` first divides each sum by the length of the ending.
+
+    way       text                                            length in    GPT-2 124M: acc, acc_norm
+    lecture   context and endings as in the file              tokens       0.2859  0.2955
+    harness   "activity: context", WikiHow's markup removed   characters   0.2892  0.3114
+
+The harness is EleutherAI's lm-evaluation-harness. The scores are from build-nanogpt's hellaswag.py.
 """
 
 import hashlib
@@ -21,7 +27,7 @@ import sys
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import tiktoken
 import torch
@@ -32,6 +38,7 @@ from tqdm import tqdm
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 PATH = "hellaswag/hellaswag_val.jsonl"
+Way = Literal["lecture", "harness"]
 
 
 def download(path: str | Path = PATH):
@@ -81,35 +88,55 @@ def make_examples(documents: list[str], count: int, context_chars=112, ending_ch
 class RenderedExample(NamedTuple):
     tokens: torch.Tensor  # (4, N) int64, each row is the context and one ending, padded with 0
     mask: torch.Tensor  # (4, N) int64, 1 at the tokens of the ending
+    sizes: torch.Tensor  # (4,) int64, the lengths of the endings for acc_norm
     label: int  # index of the correct ending
 
 
-def render_example(example: dict, enc: tiktoken.Encoding) -> RenderedExample:
-    """Tokenizes an example: four rows, which begin with the same context."""
-    # GPT-2's tokens include the space before a word, so the two can be encoded separately.
-    ctx_tokens = enc.encode_ordinary(example["ctx"])
-    end_tokens = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
+def clean(text: str) -> str:
+    """Removes the markup of the examples from WikiHow, as the harness does."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def render_example(example: dict, enc: tiktoken.Encoding, way: Way = "lecture") -> RenderedExample:
+    """Tokenizes an example as in the lecture, or as in lm_eval/tasks/hellaswag."""
+    if way == "lecture":
+        # GPT-2's tokens include the space before a word, so the two can be encoded separately.
+        ctx_tokens = enc.encode_ordinary(example["ctx"])
+        end_tokens = [enc.encode_ordinary(" " + ending) for ending in example["endings"]]
+        sizes = [len(tokens) for tokens in end_tokens]
+    else:
+        ctx = example["ctx"]
+        if "ctx_a" in example and "ctx_b" in example:
+            ctx = example["ctx_a"] + " " + example["ctx_b"].capitalize()
+        ctx = clean(example.get("activity_label", "") + ": " + ctx)
+        endings = [clean(ending) for ending in example["endings"]]
+        # Encode both together, then split. Spaces at the end of the context go to the ending.
+        ctx_tokens = enc.encode_ordinary(ctx.rstrip())
+        both = [enc.encode_ordinary(ctx + " " + ending) for ending in endings]
+        end_tokens = [tokens[len(ctx_tokens) :] for tokens in both]
+        sizes = [len(ending) for ending in endings]
     rows = [torch.tensor(ctx_tokens + tokens) for tokens in end_tokens]
     tokens = pad_sequence(rows, batch_first=True)  # (4, N)
     rows = [torch.tensor([0] * len(ctx_tokens) + [1] * len(tokens)) for tokens in end_tokens]
     mask = pad_sequence(rows, batch_first=True)  # (4, N)
-    return RenderedExample(tokens, mask, example["label"])
+    return RenderedExample(tokens, mask, torch.tensor(sizes), example["label"])
 
 
 def prepare(
-    examples: Iterable[dict], enc: tiktoken.Encoding, block_size: int
+    examples: Iterable[dict], enc: tiktoken.Encoding, block_size: int, way: Way = "lecture"
 ) -> list[RenderedExample]:
     """Renders the examples and sorts them, longest first: the rows of a batch then have similar
     lengths, and the first batch needs the most memory. Contexts are truncated on the left to fit
     into block_size. Exits with a one-line message if nothing remains of a context."""
     rendered = []
     for example in examples:
-        tokens, mask, label = render_example(example, enc)
+        tokens, mask, sizes, label = render_example(example, enc, way)
         # The four endings lose the same part of the context, so they stay comparable.
         tokens, mask = tokens[:, -block_size:], mask[:, -block_size:]
         if mask[:, 0].any():
             raise SystemExit(f"block_size {block_size} leaves no context in {str(example)[:200]}")
-        rendered.append(RenderedExample(tokens, mask, label))
+        rendered.append(RenderedExample(tokens, mask, sizes, label))
     return sorted(rendered, key=lambda example: example.tokens.size(1), reverse=True)
 
 
@@ -158,7 +185,7 @@ def evaluate(
             tokens = pad_sequence([row for e in batch for row in e.tokens], batch_first=True)
             mask = pad_sequence([row for e in batch for row in e.mask], batch_first=True)
             sum_loss = get_sum_loss(model, tokens.to(device), mask.to(device)).view(-1, 4)
-            avg_loss = sum_loss / mask.sum(dim=1).view(-1, 4)  # per token of the ending
+            avg_loss = sum_loss / torch.stack([e.sizes for e in batch])  # inf for an empty ending
             labels = torch.tensor([e.label for e in batch])
             num_correct += (sum_loss.argmin(dim=1) == labels).sum().item()
             num_correct_norm += (avg_loss.argmin(dim=1) == labels).sum().item()
@@ -168,14 +195,15 @@ def evaluate(
 
 
 def main(model: str = "gpt2"):
-    """Prints a model's scores on HellaSwag, with their standard errors."""
+    """Prints a model's scores on HellaSwag, rendered both ways, with their standard errors."""
     import train_gpt2  # not at the top, because train_gpt2 imports this module
 
     device = train_gpt2.get_device("auto")
     gpt = train_gpt2.load_model(model).to(device)
     enc = train_gpt2.get_encoding_for(gpt.config.vocab_size)
-    examples = prepare(iterate_examples(), enc, gpt.config.block_size)
-    print(f"HellaSwag {evaluate(gpt, examples, progress=True)}")
+    for way in ("lecture", "harness"):
+        rendered = prepare(iterate_examples(), enc, gpt.config.block_size, way)
+        print(f"HellaSwag ({way}) {evaluate(gpt, rendered, progress=True)}")
 
 
 if __name__ == "__main__":

@@ -954,9 +954,9 @@ def evaluate_only(model: GPT, enc, device: str, config: Config):
             print(f"perplexity           {math.exp(loss):.2f}")
             print(f"next-token accuracy  {accuracy:.4f}")
             print(f"bits per byte        {loss * n / math.log(2) / n_bytes:.4f}")
-        if config.hellaswag_interval:
-            rows = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T)
-            print(f"HellaSwag            {hellaswag.evaluate(model, rows)}")
+        for way in ("lecture", "harness") if config.hellaswag_interval else ():
+            rows = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T, way)
+            print(f"HellaSwag, {way:9} {hellaswag.evaluate(model, rows)}")
 
 
 # ---- 10. command line ----------------------------------------------------------------------------
