@@ -70,6 +70,7 @@ class Config:
     lr: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
     min_lr: float = 6e-5  # learning rate after the decay
     warmup_steps: int = 715  # steps of linear warmup; GPT-3's 375M tokens / 2**19
+    cooldown: float = 0.0  # 0: cosine decay; else the fraction of steps of a final linear decay
     weight_decay: float = 0.1  # on weight matrices and embeddings only
     beta1: float = 0.9  # AdamW: decay rate of the mean of the gradient
     beta2: float = 0.95  # AdamW: decay rate of the mean of its square
@@ -107,7 +108,7 @@ class Config:
 # a run cannot be resumed with other values of these: the checkpoint would not fit
 FIXED = "block_size vocab_size n_layer n_head n_embd".split()
 # a run that is resumed with other values of these is another experiment; data: the shards
-EXPERIMENT = "data total_batch_size max_steps lr min_lr warmup_steps".split()
+EXPERIMENT = "data total_batch_size max_steps lr min_lr warmup_steps cooldown".split()
 EXPERIMENT += "weight_decay beta1 beta2 grad_clip dropout shuffle seed".split()
 # bytes as tokens; too small for torch.compile to save time on a CPU
 DEMO = Config(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96))
@@ -141,7 +142,7 @@ def check_config(config: Config, ddp_world_size: int = 1):
     at_least_1 = (*FIXED, "total_batch_size", "micro_batch_size", "max_steps", "val_tokens")
     at_least_1 += ("log_interval", "num_samples", "max_new_tokens")
     low = dict.fromkeys(at_least_1, 1)
-    high = {"dropout": 1, "top_p": 1, "beta1": 0.9999, "beta2": 0.9999}
+    high = {"dropout": 1, "cooldown": 1, "top_p": 1, "beta1": 0.9999, "beta2": 0.9999}
     for name, value in flatten(config).items():
         limits = low.get(name, 0), high.get(name, 1e12)
         if type(value) in (int, float) and not limits[0] <= value <= limits[1]:  # nan, too
@@ -462,10 +463,14 @@ def get_encoding_for(vocab_size: int):
 
 # ---- 4. learning rate schedule -----------------------------------------------------------------
 def get_lr(step: int, config: Config) -> float:
-    """The learning rate of a step: linear warmup, then cosine decay to min_lr."""
+    """The learning rate of a step: linear warmup, then cosine decay to min_lr; or, with a cooldown,
+    a constant rate followed by a linear decay (Hägele et al. 2024)."""
     max_lr, min_lr, max_steps = config.lr, config.min_lr, config.max_steps
     if step < config.warmup_steps:
         return max_lr * (step + 1) / config.warmup_steps  # + 1: a rate of 0 would waste a step
+    if config.cooldown:
+        remaining = (max_steps - step) / (config.cooldown * max_steps)  # above 1: not yet begun
+        return min_lr + min(1.0, remaining) * (max_lr - min_lr)
     decay_ratio = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
     coeff = 0.5 * (1.0 + math.cos(math.pi * min(1.0, decay_ratio)))  # from 1 to 0
     return min_lr + coeff * (max_lr - min_lr)
