@@ -26,6 +26,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -97,6 +98,7 @@ class Config:
     out_dir: str = ""  # the run's folder, instead of log/NAME-NNN
     resume: str = ""  # continue the run in this folder; auto: the newest unfinished run
     resume_anyway: bool = False  # resume although changed hyperparameters change the experiment
+    timeout: float = 600.0  # seconds a rank waits for the others before the run is aborted
     prompt: tuple[str, ...] = ()  # instead of training: continue this text; "-" reads stdin
     num_samples: int = 4  # samples for each prompt
     max_new_tokens: int = 100  # tokens per sample
@@ -167,7 +169,7 @@ def check_config(config: Config, ddp_world_size: int = 1):
     """Exit with one line if a hyperparameter is out of range."""
     gpt, B, T = config.gpt, config.micro_batch_size, config.gpt.block_size
     at_least_1 = (*FIXED, "total_batch_size", "micro_batch_size", "max_steps", "val_tokens")
-    at_least_1 += ("log_interval", "num_samples", "max_new_tokens")
+    at_least_1 += ("log_interval", "num_samples", "max_new_tokens", "timeout")
     low = dict.fromkeys(at_least_1, 1) | {"lr": 1e-9}
     high = {"dropout": 1, "cooldown": 1, "top_p": 1, "beta1": 0.9999, "beta2": 0.9999}
     for name, value in flatten(config).items():
@@ -488,7 +490,9 @@ class DataLoaderLite:
             start = (i - (int(self.ends[k - 1]) if k else 0)) * self.T
             rows.append(self.shards[k][start : start + self.T + 1])
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        # a copy from pinned memory to the GPU does not block the CPU
+        return (x.pin_memory(), y.pin_memory()) if torch.cuda.is_initialized() else (x, y)
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's batch x, y, both (B, T) int64, of a micro-step."""
@@ -838,7 +842,9 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ddp:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        # device_id: connect the GPUs now, not in the first step
+        backend, gpu = ("nccl", torch.device(device)) if device_type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout), device_id=gpu)
     stop_signal = stop_signal or StopSignal()
     log_dir = choose_log_dir(config)
     if master_process and config.data_dir == "demo_data":
@@ -863,11 +869,16 @@ def train(config: Config, stop_signal: StopSignal | None = None):
     dtype, autocast = get_autocast(config.dtype, device)
     data = fineweb.fingerprint(config.data_dir)
     first_step = check_resume(config, checkpoint, data) if checkpoint else 0
+    if ddp:  # the disks of several machines may have different files
+        states = [None] * ddp_world_size
+        dist.all_gather_object(states, (first_step, data))
+        if len(set(states)) > 1:
+            raise SystemExit(f"copy {log_dir} and the shards to all machines: {set(states)} differ")
     # model is compiled and wrapped in DDP; raw_model is for all that has other shapes
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     if ddp:
         device_ids = [ddp_local_rank] if device_type == "cuda" else None
-        model = DDP(model, device_ids=device_ids)
+        model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)  # saves memory
         model.require_backward_grad_sync = False  # True on the last micro-step of each step
     # data
     B = find_micro_batch_size(config, model, ddp_world_size, device, autocast)
@@ -930,7 +941,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
             x, y = train_loader.batch(step, micro_step)
-            x, y = x.to(device), y.to(device)
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             if ddp:
                 # all-reduce only on the last micro-step; DDP reads this flag in forward()
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
@@ -1074,6 +1085,6 @@ if __name__ == "__main__":
     except BrokenPipeError:
         os.write(2, b"stopped, because the program that reads the output has ended\n")
         os._exit(1)  # without writing the rest of the output
-    except SystemExit as error:  # only rank 0 prints the message
-        silent = isinstance(error.code, str) and int(os.environ.get("RANK", 0)) > 0
+    except SystemExit as error:  # the first rank of each machine prints the message
+        silent = isinstance(error.code, str) and int(os.environ.get("LOCAL_RANK", 0)) > 0
         sys.exit(1 if silent else error.code)
