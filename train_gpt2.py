@@ -99,6 +99,7 @@ class Config:
     resume: str = ""  # continue the run in this folder; auto: the newest unfinished run
     resume_anyway: bool = False  # resume although changed hyperparameters change the experiment
     timeout: float = 600.0  # seconds a rank waits for the others before the run is aborted
+    wandb: bool = False  # log to Weights & Biases as well
     prompt: tuple[str, ...] = ()  # instead of training: continue this text; "-" reads stdin
     num_samples: int = 4  # samples for each prompt
     max_new_tokens: int = 100  # tokens per sample
@@ -630,20 +631,28 @@ class CheckpointWriter:
 
 
 class RunLog:
-    """log.txt, one line `step stream value` for each number."""
+    """log.txt, one line `step stream value` for each number; Weights & Biases if enabled."""
 
     LINE = re.compile(r"^(\d+) (train|val|hella) (\S+)\n", re.MULTILINE)  # not a truncated one
 
-    def __init__(self, log_dir: Path, first_step: int):
-        self.path = log_dir / "log.txt"
+    def __init__(self, log_dir: Path, config: Config, first_step: int):
+        self.path, self.wandb_run = log_dir / "log.txt", None
         # a resumed run repeats the steps after its checkpoint
         lines = self.LINE.findall(self.path.read_text()) if self.path.exists() else []
         lines = [" ".join(line) + "\n" for line in lines if int(line[0]) < first_step]
         fineweb.write_file(self.path, "".join(lines).encode())
+        if config.wandb:
+            settings = {"name": log_dir.name, "dir": log_dir, "config": flatten(config)}
+            with fineweb.exit_on_error("--wandb failed; WANDB_MODE=offline needs no login"):
+                import wandb
+
+                self.wandb_run = wandb.init(project="gpt2", **settings)
 
     def write(self, step: int, stream: str, value: float):
         with contextlib.suppress(OSError), open(self.path, "a") as file:  # a full disk
             file.write(f"{step} {stream} {value:.6f}\n")
+        if self.wandb_run:
+            self.wandb_run.log({stream: value}, step=step)
 
 
 def read_log(log_dir: str | Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -901,7 +910,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         del checkpoint
     if master_process:
         lock = start_run(log_dir, config, n_params)
-        log = RunLog(log_dir, first_step)
+        log = RunLog(log_dir, config, first_step)
         writer = CheckpointWriter(log_dir, config, data)
         epochs = config.max_steps * train_loader.sequences_per_step / train_loader.n_sequences
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
