@@ -2,7 +2,8 @@
 file of uint16; the first one is for validation. Every document begins with end-of-text.
 
     python fineweb.py                        # FineWeb-Edu sample-10BT into edu_fineweb10B/
-    python fineweb.py FILES                  # .parquet and .txt files into my_data/
+    python fineweb.py --dataset USER/NAME    # any text data set on the Hugging Face hub
+    python fineweb.py FILES --out my_data    # .parquet and .txt files
 """
 
 import contextlib
@@ -11,10 +12,11 @@ import hashlib
 import io
 import json
 import os
-import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tiktoken
@@ -22,12 +24,29 @@ from tqdm import tqdm
 
 BATCH = 128  # documents that a worker tokenizes at a time
 EDU = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/"
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
 # name: source, folder, encoding, validation tokens (0: one shard, as in the lecture)
 DATASETS = {
     "fineweb_edu_10BT": (EDU + "10BT/*.parquet", "edu_fineweb10B", "gpt2", 0),
+    "fineweb_edu_100BT": (EDU + "100BT/*.parquet", "edu_fineweb100B", "gpt2", 0),
+    "shakespeare_char": (SHAKESPEARE + "input.txt", "shakespeare_char", "bytes", 100_000),
     "stdlib": ("", "stdlib", "bytes", 300_000),  # the sources of Python's standard library
 }
-shard_size = 100_000_000  # tokens per shard
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tokenizes documents into shards."""
+
+    files: "tyro.conf.Positional[tuple[str, ...]]" = ()  # .parquet and .txt files
+    dataset: str = ""  # a name from DATASETS, or USER/NAME on the hub; default fineweb_edu_10BT
+    subset: str = ""  # configuration of USER/NAME
+    out: str = ""  # folder for the shards; default: that in DATASETS, or my_data
+    text_column: str = "text"  # column that contains the text
+    encoding: Literal["auto", "gpt2", "bytes"] = "auto"  # auto: that in DATASETS, or gpt2
+    shard_size: int = 100_000_000  # tokens per shard
+    val_tokens: int = 0  # in the first shard; 0: that in DATASETS, or 100,000
+    workers: int = 0  # processes that tokenize; 0: one per core; the shards do not depend on it
 
 
 @contextlib.contextmanager
@@ -48,33 +67,38 @@ def standard_library() -> list[str]:
     return [str(root / name) for name in names if excluded.isdisjoint(name.parts)]
 
 
-def read_rows(path: str):
+def read_rows(path: str, column: str):
     """Yields the rows of a file as dictionaries; a text file is one row."""
     import pyarrow.parquet
 
     if path.endswith(".parquet"):
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(BATCH, columns=["text"]):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(BATCH, columns=[column]):
             yield from batch.to_pylist()
     else:
-        yield {"text": Path(path).read_text(encoding="utf-8")}
+        yield {column: Path(path).read_text(encoding="utf-8")}
 
 
-def read_files(files: list[str]):
-    """Yields {"text": text or None} for each document of the files."""
+def read_files(files: list[str], column: str):
+    """Yields {column: text or None} for each document of the files."""
     for path in files:
-        with exit_on_error(f"cannot read {path}"):
-            yield from read_rows(path)
+        with exit_on_error(f"cannot read the {column} of {path}"):
+            yield from read_rows(path, column)
 
 
-def load_documents(files: list[str], source: str):
+def load_documents(files: list[str], source: str, subset: str, column: str):
     """Returns a datasets.IterableDataset with one column, of local files or a source on the web."""
     import datasets
 
+    load = functools.partial(datasets.load_dataset, split="train", streaming=True)
     with exit_on_error(f"cannot load {source}"):
         if files:
-            return datasets.IterableDataset.from_generator(read_files, gen_kwargs={"files": files})
-        arguments = {"data_files": source, "columns": ["text"]}  # no other column is downloaded
-        return datasets.load_dataset("parquet", split="train", streaming=True, **arguments)
+            arguments = {"files": files, "column": column}
+            return datasets.IterableDataset.from_generator(read_files, gen_kwargs=arguments)
+        if source.endswith(".txt"):
+            return load("text", data_files=source, sample_by="document")
+        if source.endswith(".parquet"):  # no other column is downloaded
+            return load("parquet", data_files=source, columns=[column])
+        return load(source, subset or None).select_columns([column])
 
 
 @functools.cache
@@ -100,9 +124,10 @@ def tokenize(texts: list[str | None], encoding: str) -> np.ndarray:
 
 def tokenize_all(documents, encoding: str, workers: int):
     """Yields the tokens of each batch of documents, in order."""
-    pending = []
-    # "fork" would copy locks that other threads hold, such as PyTorch's
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    pool, pending = ThreadPoolExecutor(1), []
+    if workers > 1:  # "fork" would copy locks that other threads hold, such as PyTorch's
+        pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    with pool:
         for batch in documents.iter(BATCH):
             pending.append(pool.submit(tokenize, *batch.values(), encoding))
             if len(pending) == 2 * workers:  # enough work for the time that writing a shard takes
@@ -120,7 +145,7 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(f"{path}.tmp", path)
 
 
-def write_shards(stream, prefix: Path, val_tokens: int) -> None:
+def write_shards(stream, prefix: Path, val_tokens: int, shard_size: int) -> None:
     """Writes PREFIX_val_000000.npy with val_tokens tokens, then PREFIX_train_NNNNNN.npy."""
     n_shards, size = 0, val_tokens
     rest = [np.empty(0, np.uint16)]  # the tokens after the last shard
@@ -142,6 +167,8 @@ def write_shards(stream, prefix: Path, val_tokens: int) -> None:
             write_shard(joined[:size])
             size, rest = shard_size, [joined[size:]]
     joined = np.concatenate(rest)
+    if not n_shards:
+        raise SystemExit(f"{len(joined):,} tokens are too few: lower --val_tokens")
     if len(joined):
         write_shard(joined)
 
@@ -160,19 +187,31 @@ def fingerprint(folder: str | Path) -> str:
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
 
 
-def main(files: list[str], dataset: str = "", out: str = "") -> None:
+def main(config: Config) -> None:
     """Tokenizes documents into shards. Exits with a one-line message on user errors."""
-    dataset = dataset or ("" if files else "fineweb_edu_10BT")
-    source, folder, encoding, val_tokens = DATASETS.get(dataset, ("", "my_data", "gpt2", 100_000))
-    out = Path(out or folder)
+    if config.files and config.dataset:
+        raise SystemExit("give only one of files and --dataset")
+    dataset = config.dataset or ("" if config.files else "fineweb_edu_10BT")
+    if not config.files and dataset not in DATASETS and "/" not in dataset:
+        raise SystemExit(f"--dataset {dataset}: not USER/NAME, nor one of {', '.join(DATASETS)}")
+    source, folder, encoding, n_val = DATASETS.get(dataset, (dataset, "my_data", "gpt2", 100_000))
+    out = Path(config.out or folder)
+    if config.shard_size < 1 or min(config.val_tokens, config.workers) < 0:
+        raise SystemExit("--shard_size is less than 1, or another number is negative")
+    files = standard_library() if dataset == "stdlib" else list(config.files)
+    enc = get_encoding(encoding if config.encoding == "auto" else config.encoding)
+    workers = config.workers or (1 if enc.name == "bytes" else os.cpu_count())
+    with exit_on_error(f"cannot write to {out}"):
+        out.mkdir(parents=True, exist_ok=True)
     if any(out.glob("*.npy")):
         raise SystemExit(f"{out} has shards: delete it to write them again")
-    files = standard_library() if dataset == "stdlib" else files
-    workers = 1 if encoding == "bytes" else os.cpu_count()
-    out.mkdir(parents=True, exist_ok=True)
-    stream = tokenize_all(load_documents(files, source), encoding, workers)
-    write_shards(stream, out / out.resolve().name, val_tokens or shard_size)
+    documents = load_documents(files, source, config.subset, config.text_column)
+    stream = tokenize_all(documents, enc.name, workers)
+    val_tokens = config.val_tokens or n_val or config.shard_size
+    write_shards(stream, out / out.resolve().name, val_tokens, config.shard_size)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    import tyro
+
+    main(tyro.cli(Config, use_underscores=True))

@@ -511,7 +511,7 @@ def prepare_demo_data(config: Config):
     """Make the demo's data: Python's standard library as bytes, and questions about it."""
     if Path(config.hellaswag_file).exists():
         return
-    fineweb.main([], dataset="stdlib", out=config.data_dir)
+    fineweb.main(fineweb.Config(dataset="stdlib", out=config.data_dir))
     # in HellaSwag's form, on held-out code: which of four lines comes next?
     shards = fineweb.open_shards(config.data_dir, "val")
     text = fineweb.get_encoding("bytes").decode(np.concatenate(shards).tolist())

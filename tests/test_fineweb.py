@@ -25,19 +25,19 @@ def test_tokens_of_bytes_are_the_bytes():
     assert tokens.tolist() == [t for text in DOCUMENTS for t in [256, *text.encode()]]
 
 
-def test_shards_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(fineweb, "shard_size", 5000)
+def test_shards_do_not_depend_on_the_number_of_workers(tmp_path):
     files = [tmp_path / f"{i:03d}.txt" for i in range(300)]  # three batches
     for i, file in enumerate(files):
         file.write_text(f"Document {i}: " + "some words, " * (i % 37))
     expected = [t for file in files for t in [256, *file.read_bytes()]]
     for workers in (1, 3):
-        (tmp_path / str(workers)).mkdir()
-        documents = fineweb.load_documents(list(map(str, files)), "")
-        stream = fineweb.tokenize_all(documents, "bytes", workers)
-        fineweb.write_shards(stream, tmp_path / str(workers) / "data", 250)
-        (val,) = fineweb.open_shards(tmp_path / str(workers), "val")
-        train = fineweb.open_shards(tmp_path / str(workers), "train")
+        out = tmp_path / str(workers)
+        settings = {"encoding": "bytes", "shard_size": 5000, "val_tokens": 250}
+        config = fineweb.Config(tuple(map(str, files)), out=str(out), workers=workers, **settings)
+        fineweb.main(config)
+        val, *train = [
+            np.load(path) for path in sorted(out.glob("*.npy"), key=lambda p: p.stem[-6:])
+        ]
         assert val.tolist() == expected[:250]
         assert np.concatenate(train).tolist() == expected[250:]
         assert [len(shard) for shard in train[:-1]] == [5000] * (len(train) - 1)
