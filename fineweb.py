@@ -3,7 +3,7 @@ file of uint16; the first one is for validation. Every document begins with end-
 
     python fineweb.py                        # FineWeb-Edu sample-10BT into edu_fineweb10B/
     python fineweb.py --dataset USER/NAME    # any text data set on the Hugging Face hub
-    python fineweb.py FILES --out my_data    # .parquet and .txt files
+    python fineweb.py FILES --out my_data    # .parquet, .json, .jsonl, .txt (.gz, .zst); folders
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -23,6 +24,8 @@ import tiktoken
 from tqdm import tqdm
 
 BATCH = 128  # documents that a worker tokenizes at a time
+SUFFIXES = (".parquet", ".json", ".jsonl", ".ndjson", ".txt")
+PACKED = re.compile(r"\.(gz|zst|bz2|lz4)$")  # after each suffix but .parquet
 EDU = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
 # name: source, folder, encoding, validation tokens (0: one shard, as in the lecture)
@@ -38,14 +41,14 @@ DATASETS = {
 class Config:
     """Tokenizes documents into shards."""
 
-    files: "tyro.conf.Positional[tuple[str, ...]]" = ()  # .parquet and .txt files
+    files: "tyro.conf.Positional[tuple[str, ...]]" = ()  # parquet, JSON, text (.gz, .zst); folders
     dataset: str = ""  # a name from DATASETS, or USER/NAME on the hub; default fineweb_edu_10BT
     subset: str = ""  # configuration of USER/NAME
     out: str = ""  # folder for the shards; default: that in DATASETS, or my_data
-    text_column: str = "text"  # column that contains the text
+    text_column: str = "text"  # column or key that contains the text; or, nested, data.text
     encoding: Literal["auto", "gpt2", "bytes"] = "auto"  # auto: that in DATASETS, or gpt2
     shard_size: int = 100_000_000  # tokens per shard
-    val_tokens: int = 0  # in the first shard; 0: that in DATASETS, or 100,000
+    val_tokens: int = 0  # in the first shard; 0: that in DATASETS, or at most a tenth of the files
     workers: int = 0  # processes that tokenize; 0: one per core; the shards do not depend on it
 
 
@@ -58,6 +61,16 @@ def exit_on_error(message: str):
         raise SystemExit(f"{message} ({error!r:.300})") from error  # repr() has no line breaks
 
 
+def find_files(paths: tuple[str, ...]):
+    """Yields the files among paths, and those in folders, sorted by path."""
+    for path in paths:
+        tree = sorted(map(str, Path(path).rglob("*"))) if os.path.isdir(path) else [path]
+        found = [f for f in tree if PACKED.sub("", f).endswith(SUFFIXES) and os.path.isfile(f)]
+        if not found:
+            raise SystemExit(f"{path}: no files ending in {', '.join(SUFFIXES)} (.gz, .zst)")
+        yield from found
+
+
 def standard_library() -> list[str]:
     """Returns modules of Python's standard library, no tables, ordered by a hash of their names."""
     root = Path(os.__file__).parent
@@ -67,22 +80,38 @@ def standard_library() -> list[str]:
     return [str(root / name) for name in names if excluded.isdisjoint(name.parts)]
 
 
+def get_text(row: dict, column: str):
+    """Returns row["a.b"] for the column "a.b" or, if there is no such key, row["a"]["b"]."""
+    keys = [column] if column in row else column.split(".")
+    return functools.reduce(lambda value, key: None if value is None else value[key], keys, row)
+
+
 def read_rows(path: str, column: str):
-    """Yields the rows of a file as dictionaries; a text file is one row."""
+    """Yields the rows of a file as dictionaries; a text file is one row, with \\n as line ends."""
     import pyarrow.parquet
 
     if path.endswith(".parquet"):
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(BATCH, columns=[column]):
-            yield from batch.to_pylist()
+        file = pyarrow.parquet.ParquetFile(path)
+        for group in range(file.num_row_groups):  # pyarrow cannot join nested dictionary columns
+            for batch in file.iter_batches(BATCH, row_groups=[group], columns=[column]):
+                yield from batch.to_pylist()
+    elif PACKED.sub("", path).endswith(("json", "jsonl")):  # datasets' reader alters dates
+        lines = io.TextIOWrapper(pyarrow.input_stream(path), "utf-8-sig")
+        for line in filter(None, map(str.strip, lines)):  # an object per line, or one array
+            yield from json.loads(line + lines.read()) if line[0] == "[" else [json.loads(line)]
     else:
-        yield {column: Path(path).read_text(encoding="utf-8")}
+        yield {column: io.TextIOWrapper(pyarrow.input_stream(path), "utf-8").read()}
 
 
 def read_files(files: list[str], column: str):
     """Yields {column: text or None} for each document of the files."""
     for path in files:
         with exit_on_error(f"cannot read the {column} of {path}"):
-            yield from read_rows(path, column)
+            for number, row in enumerate(read_rows(path, column), 1):
+                text = get_text(row, column)
+                if not isinstance(text, str | None):
+                    raise TypeError(f"row {number} is {text!r:.50}")
+                yield {column: text}
 
 
 def load_documents(files: list[str], source: str, subset: str, column: str):
@@ -98,7 +127,10 @@ def load_documents(files: list[str], source: str, subset: str, column: str):
             return load("text", data_files=source, sample_by="document")
         if source.endswith(".parquet"):  # no other column is downloaded
             return load("parquet", data_files=source, columns=[column])
-        return load(source, subset or None).select_columns([column])
+        documents = load(source, subset or None)
+        top = [column if column in (documents.column_names or []) else column.split(".")[0]]
+        documents = documents.select_columns(top)  # fails if there is no such column
+        return documents.map(lambda row: {column: get_text(row, column)}, remove_columns=top)
 
 
 @functools.cache
@@ -198,8 +230,11 @@ def main(config: Config) -> None:
     out = Path(config.out or folder)
     if config.shard_size < 1 or min(config.val_tokens, config.workers) < 0:
         raise SystemExit("--shard_size is less than 1, or another number is negative")
-    files = standard_library() if dataset == "stdlib" else list(config.files)
+    files = standard_library() if dataset == "stdlib" else [*find_files(config.files)]
     enc = get_encoding(encoding if config.encoding == "auto" else config.encoding)
+    sizes = [os.path.getsize(file) for file in files]
+    tenth = sum(sizes) // (10 if enc.name == "bytes" else 40) + 1  # a token has about four bytes
+    n_val = min(n_val, tenth) if config.files else n_val or config.shard_size
     workers = config.workers or (1 if enc.name == "bytes" else os.cpu_count())
     with exit_on_error(f"cannot write to {out}"):
         out.mkdir(parents=True, exist_ok=True)
@@ -207,7 +242,7 @@ def main(config: Config) -> None:
         raise SystemExit(f"{out} has shards: delete it to write them again")
     documents = load_documents(files, source, config.subset, config.text_column)
     stream = tokenize_all(documents, enc.name, workers)
-    val_tokens = config.val_tokens or n_val or config.shard_size
+    val_tokens = config.val_tokens or n_val
     write_shards(stream, out / out.resolve().name, val_tokens, config.shard_size)
 
 
