@@ -4,6 +4,7 @@ file of uint16; the first one is for validation. Every document begins with end-
     python fineweb.py                        # FineWeb-Edu sample-10BT into edu_fineweb10B/
     python fineweb.py --dataset USER/NAME    # any text data set on the Hugging Face hub
     python fineweb.py FILES --out my_data    # .parquet, .json, .jsonl, .txt (.gz, .zst); folders
+    python fineweb.py --verify my_data       # compare the shards with their checksums
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import json
 import os
 import re
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,7 @@ from tqdm import tqdm
 BATCH = 128  # documents that a worker tokenizes at a time
 SUFFIXES = (".parquet", ".json", ".jsonl", ".ndjson", ".txt")
 PACKED = re.compile(r"\.(gz|zst|bz2|lz4)$")  # after each suffix but .parquet
+SHARD = re.compile(r".*_(train|val)_\d{6}\.npy")
 EDU = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
 # name: source, folder, encoding, validation tokens (0: one shard, as in the lecture)
@@ -50,6 +52,7 @@ class Config:
     shard_size: int = 100_000_000  # tokens per shard
     val_tokens: int = 0  # in the first shard; 0: that in DATASETS, or at most a tenth of the files
     workers: int = 0  # processes that tokenize; 0: one per core; the shards do not depend on it
+    verify: str = ""  # folder whose shards to compare with the checksums in manifest.json
 
 
 @contextlib.contextmanager
@@ -177,21 +180,22 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(f"{path}.tmp", path)
 
 
-def write_shards(stream, prefix: Path, val_tokens: int, shard_size: int) -> None:
-    """Writes PREFIX_val_000000.npy with val_tokens tokens, then PREFIX_train_NNNNNN.npy."""
-    n_shards, size = 0, val_tokens
-    rest = [np.empty(0, np.uint16)]  # the tokens after the last shard
+def write_shards(stream, prefix: Path, state: dict) -> None:
+    """Writes PREFIX_{val,train}_NNNNNN.npy, and adds them to `state`."""
 
     def write_shard(tokens: np.ndarray) -> None:
-        nonlocal n_shards
-        split = "train" if n_shards else "val"
-        path = Path(f"{prefix}_{split}_{n_shards:06d}.npy")
+        split = "val" if state["tokens"] < state["val_tokens"] else "train"
+        path = Path(f"{prefix}_{split}_{len(state['shards']):06d}.npy")
         file = io.BytesIO()
         np.save(file, tokens)
         write_file(path, file.getvalue())
-        print(f"{path}: {len(tokens):,} tokens")
-        n_shards += 1
+        entry = {"file": path.name, "tokens": len(tokens), "largest": int(tokens.max())}
+        state["shards"].append(entry | {"sha256": hashlib.sha256(file.getvalue()).hexdigest()})
+        state["tokens"] += len(tokens)
+        state["documents"] += int(np.count_nonzero(tokens == state["eot_token"]))
 
+    shard_size, size = state["made_by"]["shard_size"], state["val_tokens"]
+    rest = [np.empty(0, np.uint16)]  # the tokens after the last shard
     for tokens in tqdm(stream, unit=" documents", unit_scale=BATCH, delay=1):
         rest.append(tokens)
         while sum(map(len, rest)) >= size:
@@ -199,28 +203,56 @@ def write_shards(stream, prefix: Path, val_tokens: int, shard_size: int) -> None
             write_shard(joined[:size])
             size, rest = shard_size, [joined[size:]]
     joined = np.concatenate(rest)
-    if not n_shards:
+    if state["tokens"] + len(joined) <= state["val_tokens"]:
         raise SystemExit(f"{len(joined):,} tokens are too few: lower --val_tokens")
     if len(joined):
         write_shard(joined)
 
 
-def open_shards(folder: str | Path, split: str) -> list[np.ndarray]:
-    """Returns the shards of "train" or "val", memory-mapped, each (n,) uint16."""
-    paths = sorted(Path(folder).glob(f"*_{split}_*.npy"))
-    if not paths:
-        raise SystemExit(f"no {split} shards in {folder}: fineweb.py writes them")
-    return [np.load(path, mmap_mode="r") for path in paths]
+def read_manifest(folder: str | Path) -> dict:
+    """Returns manifest.json, or only file names if there is none."""
+    path = Path(folder, "manifest.json")
+    if not path.exists():
+        files = [path for path in sorted(Path(folder).glob("*")) if SHARD.fullmatch(path.name)]
+        return {"shards": [{"file": path.name, "bytes": path.stat().st_size} for path in files]}
+    with exit_on_error(f"{folder}: manifest.json is damaged: copy it again"):
+        return json.loads(path.read_bytes())
 
 
 def fingerprint(folder: str | Path) -> str:
     """Returns 16 hex digits, equal for equal shards."""
-    sizes = [[path.name, path.stat().st_size] for path in sorted(Path(folder).glob("*.npy"))]
-    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(read_manifest(folder)["shards"]).encode()).hexdigest()[:16]
+
+
+def open_shards(folder: str | Path, split: str, vocab_size: int, verify=False) -> list[np.ndarray]:
+    """Returns the shards of "train" or "val", memory-mapped, each (n,) uint16. Exits on errors."""
+    manifest, shards = read_manifest(folder), []
+    if manifest.get("vocab_size") not in (None, min(vocab_size, 50257)):  # it may have added tokens
+        raise SystemExit(f"{folder} is for vocab_size {manifest['vocab_size']}, not {vocab_size}")
+    for entry in [e for e in manifest["shards"] if SHARD.fullmatch(e["file"])[1] == split]:
+        path = Path(folder, entry["file"])
+        with exit_on_error(f"{path} is damaged: copy it again"):
+            tokens = np.load(path, mmap_mode="r")
+            if (tokens.dtype, tokens.shape) != (np.uint16, (entry.get("tokens", tokens.size),)):
+                raise ValueError(f"{tokens.dtype}, shape {tokens.shape}")
+            if verify and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+                raise ValueError("the checksum is not that in manifest.json")
+        if entry.get("largest", tokens[:1_000_000].max(initial=0)) >= vocab_size:
+            raise SystemExit(f"{path} has tokens that are not below vocab_size {vocab_size}")
+        shards.append(tokens)
+    if not shards:
+        known = (f"--dataset {name}" for name in DATASETS if DATASETS[name][1] == str(folder))
+        command = f"fineweb.py {next(known, f'FILES --out {folder}')}"
+        raise SystemExit(f"no {split} shards in {folder}: {command} writes them")
+    return shards
 
 
 def main(config: Config) -> None:
     """Tokenizes documents into shards. Exits with a one-line message on user errors."""
+    if config.verify:
+        vocab_size = read_manifest(config.verify).get("vocab_size", 0)
+        shards = [open_shards(config.verify, s, vocab_size, True) for s in ("val", "train")]
+        return print(f"{config.verify}: {sum(map(len, shards))} shards match manifest.json")
     if config.files and config.dataset:
         raise SystemExit("give only one of files and --dataset")
     dataset = config.dataset or ("" if config.files else "fineweb_edu_10BT")
@@ -235,15 +267,19 @@ def main(config: Config) -> None:
     sizes = [os.path.getsize(file) for file in files]
     tenth = sum(sizes) // (10 if enc.name == "bytes" else 40) + 1  # a token has about four bytes
     n_val = min(n_val, tenth) if config.files else n_val or config.shard_size
+    state = {"encoding": enc.name, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
+    state |= {"made_by": asdict(config), "val_tokens": config.val_tokens or n_val}
+    state.update(tokens=0, documents=0, shards=[])
     workers = config.workers or (1 if enc.name == "bytes" else os.cpu_count())
     with exit_on_error(f"cannot write to {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    if any(out.glob("*.npy")):
+    if any(SHARD.fullmatch(path.name) for path in out.glob("*")):
         raise SystemExit(f"{out} has shards: delete it to write them again")
     documents = load_documents(files, source, config.subset, config.text_column)
     stream = tokenize_all(documents, enc.name, workers)
-    val_tokens = config.val_tokens or n_val
-    write_shards(stream, out / out.resolve().name, val_tokens, config.shard_size)
+    write_shards(stream, out / out.resolve().name, state)
+    write_file(out / "manifest.json", json.dumps(state, indent=1).encode())
+    print(f"{out}: {state['tokens']:,} tokens of {state['documents']:,} documents")
 
 
 if __name__ == "__main__":

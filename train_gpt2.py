@@ -476,7 +476,7 @@ class DataLoaderLite:
         self.B, self.T, self.config = B, config.gpt.block_size, config
         self.ddp_rank, self.ddp_world_size = ddp_rank, ddp_world_size
         self.sequences_per_step = config.total_batch_size // self.T
-        self.shards = fineweb.open_shards(config.data_dir, split)
+        self.shards = fineweb.open_shards(config.data_dir, split, config.gpt.vocab_size)
         # a sequence is T + 1 tokens of one shard; its last token is the first of the next sequence
         self.ends = np.cumsum([max(0, len(shard) - 1) // self.T for shard in self.shards])
         self.n_sequences = int(self.ends[-1])
@@ -513,7 +513,7 @@ def prepare_demo_data(config: Config):
         return
     fineweb.main(fineweb.Config(dataset="stdlib", out=config.data_dir))
     # in HellaSwag's form, on held-out code: which of four lines comes next?
-    shards = fineweb.open_shards(config.data_dir, "val")
+    shards = fineweb.open_shards(config.data_dir, "val", config.gpt.vocab_size)
     text = fineweb.get_encoding("bytes").decode(np.concatenate(shards).tolist())
     examples = hellaswag.make_examples(text.split("<|endoftext|>"), 200)
     fineweb.write_file(Path(config.hellaswag_file), "\n".join(map(json.dumps, examples)).encode())
