@@ -25,6 +25,8 @@ import tiktoken
 from tqdm import tqdm
 
 BATCH = 128  # documents that a worker tokenizes at a time
+# at most 2**18 characters, because tiktoken fails on a million spaces; up to a space if possible
+PIECE = re.compile(r"(?s).{1,262144}\Z|.{0,262143}\S(?= )|.{1,262144}")
 SUFFIXES = (".parquet", ".json", ".jsonl", ".ndjson", ".txt")
 PACKED = re.compile(r"\.(gz|zst|bz2|lz4)$")  # after each suffix but .parquet
 SHARD = re.compile(r".*_(train|val)_\d{6}\.npy")
@@ -99,7 +101,7 @@ def read_rows(path: str, column: str):
             for batch in file.iter_batches(BATCH, row_groups=[group], columns=[column]):
                 yield from batch.to_pylist()
     elif PACKED.sub("", path).endswith(("json", "jsonl")):  # datasets' reader alters dates
-        lines = io.TextIOWrapper(pyarrow.input_stream(path), "utf-8-sig")
+        lines = io.TextIOWrapper(pyarrow.input_stream(path), "utf-8-sig", "surrogatepass")
         for line in filter(None, map(str.strip, lines)):  # an object per line, or one array
             yield from json.loads(line + lines.read()) if line[0] == "[" else [json.loads(line)]
     else:
@@ -147,18 +149,19 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding(name)
 
 
-def tokenize(texts: list[str | None], encoding: str) -> np.ndarray:
-    """Returns the tokens of all texts, (n,) uint16."""
+def tokenize(texts: list[str | None], encoding: str) -> tuple[np.ndarray, int]:
+    """Returns the tokens of all texts, (n,) uint16, and the number of null and empty texts."""
     enc = get_encoding(encoding)
     arrays = [np.empty(0, dtype=np.uint16)]  # 50,257 tokens < 2**16
     for text in filter(None, texts):  # "<|endoftext|>" in a text is ordinary text
         arrays.append([enc.eot_token])
-        arrays.append(enc.encode_to_numpy(text, disallowed_special=()))
-    return np.concatenate(arrays, dtype=np.uint16, casting="unsafe")
+        text = text.encode(errors="replace").decode()  # JSON may contain half of a surrogate pair
+        arrays += [enc.encode_to_numpy(p, disallowed_special=()) for p in PIECE.findall(text)]
+    return np.concatenate(arrays, dtype=np.uint16, casting="unsafe"), sum(not t for t in texts)
 
 
 def tokenize_all(documents, encoding: str, workers: int):
-    """Yields the tokens of each batch of documents, in order."""
+    """Yields (the tokens of a batch of documents, number of skipped texts), in order."""
     pool, pending = ThreadPoolExecutor(1), []
     if workers > 1:  # "fork" would copy locks that other threads hold, such as PyTorch's
         pool = ProcessPoolExecutor(workers, get_context("spawn"))
@@ -196,12 +199,13 @@ def write_shards(stream, prefix: Path, state: dict) -> None:
 
     shard_size, size = state["made_by"]["shard_size"], state["val_tokens"]
     rest = [np.empty(0, np.uint16)]  # the tokens after the last shard
-    for tokens in tqdm(stream, unit=" documents", unit_scale=BATCH, delay=1):
+    for tokens, n_skipped in tqdm(stream, unit=" documents", unit_scale=BATCH, delay=1):
         rest.append(tokens)
         while sum(map(len, rest)) >= size:
             joined = np.concatenate(rest)
             write_shard(joined[:size])
             size, rest = shard_size, [joined[size:]]
+        state["skipped"] += n_skipped
     joined = np.concatenate(rest)
     if state["tokens"] + len(joined) <= state["val_tokens"]:
         raise SystemExit(f"{len(joined):,} tokens are too few: lower --val_tokens")
@@ -269,7 +273,7 @@ def main(config: Config) -> None:
     n_val = min(n_val, tenth) if config.files else n_val or config.shard_size
     state = {"encoding": enc.name, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
     state |= {"made_by": asdict(config), "val_tokens": config.val_tokens or n_val}
-    state.update(tokens=0, documents=0, shards=[])
+    state.update(tokens=0, documents=0, skipped=0, shards=[])
     workers = config.workers or (1 if enc.name == "bytes" else os.cpu_count())
     with exit_on_error(f"cannot write to {out}"):
         out.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,14 @@ def test_tokens_are_those_of_tiktoken():
         enc = tiktoken.get_encoding("gpt2")
     except Exception as error:
         pytest.skip(f"GPT-2's vocabulary is not available: {error}")
-    tokens = fineweb.tokenize([*DOCUMENTS, None, ""], "gpt2")
+    tokens, n_skipped = fineweb.tokenize([*DOCUMENTS, None, ""], "gpt2")
+    assert n_skipped == 2
     assert tokens.dtype == np.uint16
     assert tokens.tolist() == [t for text in DOCUMENTS for t in [50256, *enc.encode_ordinary(text)]]
 
 
 def test_tokens_of_bytes_are_the_bytes():
-    tokens = fineweb.tokenize(DOCUMENTS, "bytes")
+    tokens, _ = fineweb.tokenize(DOCUMENTS, "bytes")
     assert tokens.tolist() == [t for text in DOCUMENTS for t in [256, *text.encode()]]
 
 
