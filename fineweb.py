@@ -4,6 +4,7 @@ file of uint16; the first one is for validation. Every document begins with end-
     python fineweb.py                        # FineWeb-Edu sample-10BT into edu_fineweb10B/
     python fineweb.py --dataset USER/NAME    # any text data set on the Hugging Face hub
     python fineweb.py FILES --out my_data    # .parquet, .json, .jsonl, .txt (.gz, .zst); folders
+    python fineweb.py --download             # FineWeb-Edu as ready-made tokens
     python fineweb.py --verify my_data       # compare the shards with their checksums
 """
 
@@ -29,7 +30,7 @@ BATCH = 128  # documents that a worker tokenizes at a time
 PIECE = re.compile(r"(?s).{1,262144}\Z|.{0,262143}\S(?= )|.{1,262144}")
 SUFFIXES = (".parquet", ".json", ".jsonl", ".ndjson", ".txt")
 PACKED = re.compile(r"\.(gz|zst|bz2|lz4)$")  # after each suffix but .parquet
-SHARD = re.compile(r".*_(train|val)_\d{6}\.npy")
+SHARD = re.compile(r".*_(train|val)_\d{6}\.(npy|bin)")
 EDU = "hf://datasets/HuggingFaceFW/fineweb-edu/sample/"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
 # name: source, folder, encoding, validation tokens (0: one shard, as in the lecture)
@@ -54,6 +55,7 @@ class Config:
     shard_size: int = 100_000_000  # tokens per shard
     val_tokens: int = 0  # in the first shard; 0: that in DATASETS, or at most a tenth of the files
     workers: int = 0  # processes that tokenize; 0: one per core; the shards do not depend on it
+    download: bool = False  # fetch the ready-made tokens of fineweb_edu_10BT
     verify: str = ""  # folder whose shards to compare with the checksums in manifest.json
 
 
@@ -236,7 +238,12 @@ def open_shards(folder: str | Path, split: str, vocab_size: int, verify=False) -
     for entry in [e for e in manifest["shards"] if SHARD.fullmatch(e["file"])[1] == split]:
         path = Path(folder, entry["file"])
         with exit_on_error(f"{path} is damaged: copy it again"):
-            tokens = np.load(path, mmap_mode="r")
+            if path.suffix == ".npy":
+                tokens = np.load(path, mmap_mode="r")
+            else:  # llm.c's format: 256 int32 of header, then the tokens
+                tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
+                if np.fromfile(path, dtype="<i4", count=3).tolist() != [20240520, 1, len(tokens)]:
+                    raise ValueError("the header is not that of llm.c")
             if (tokens.dtype, tokens.shape) != (np.uint16, (entry.get("tokens", tokens.size),)):
                 raise ValueError(f"{tokens.dtype}, shape {tokens.shape}")
             if verify and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
@@ -257,13 +264,19 @@ def main(config: Config) -> None:
         vocab_size = read_manifest(config.verify).get("vocab_size", 0)
         shards = [open_shards(config.verify, s, vocab_size, True) for s in ("val", "train")]
         return print(f"{config.verify}: {sum(map(len, shards))} shards match manifest.json")
-    if config.files and config.dataset:
-        raise SystemExit("give only one of files and --dataset")
+    if bool(config.files) + bool(config.dataset) + config.download > 1:
+        raise SystemExit("give only one of files, --dataset and --download")
     dataset = config.dataset or ("" if config.files else "fineweb_edu_10BT")
     if not config.files and dataset not in DATASETS and "/" not in dataset:
         raise SystemExit(f"--dataset {dataset}: not USER/NAME, nor one of {', '.join(DATASETS)}")
     source, folder, encoding, n_val = DATASETS.get(dataset, (dataset, "my_data", "gpt2", 100_000))
     out = Path(config.out or folder)
+    if config.download:
+        from huggingface_hub import snapshot_download
+
+        repo = {"repo_id": "kjj0/finewebedu10B-gpt2", "repo_type": "dataset"}
+        with exit_on_error(f"cannot download {repo['repo_id']}"):
+            return print(snapshot_download(**repo, allow_patterns="*.bin", local_dir=out))
     if config.shard_size < 1 or min(config.val_tokens, config.workers) < 0:
         raise SystemExit("--shard_size is less than 1, or another number is negative")
     files = standard_library() if dataset == "stdlib" else [*find_files(config.files)]
