@@ -15,14 +15,17 @@ import io
 import json
 import os
 import re
+import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tiktoken
+from filelock import FileLock
 from tqdm import tqdm
 
 BATCH = 128  # documents that a worker tokenizes at a time
@@ -44,7 +47,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class Config:
-    """Tokenizes documents into shards."""
+    """Tokenizes documents into shards. If it is interrupted, the same command resumes."""
 
     files: "tyro.conf.Positional[tuple[str, ...]]" = ()  # parquet, JSON, text (.gz, .zst); folders
     dataset: str = ""  # a name from DATASETS, or USER/NAME on the hub; default fineweb_edu_10BT
@@ -60,11 +63,11 @@ class Config:
 
 
 @contextlib.contextmanager
-def exit_on_error(message: str):
+def exit_on_error(message: str, kind: type[BaseException] = Exception):
     """Turns exceptions, of which each library has its own kinds, into a one-line SystemExit."""
     try:
         yield
-    except Exception as error:
+    except kind as error:
         raise SystemExit(f"{message} ({error!r:.300})") from error  # repr() has no line breaks
 
 
@@ -125,6 +128,7 @@ def load_documents(files: list[str], source: str, subset: str, column: str):
     """Returns a datasets.IterableDataset with one column, of local files or a source on the web."""
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported in one line
     load = functools.partial(datasets.load_dataset, split="train", streaming=True)
     with exit_on_error(f"cannot load {source}"):
         if files:
@@ -162,18 +166,27 @@ def tokenize(texts: list[str | None], encoding: str) -> tuple[np.ndarray, int]:
     return np.concatenate(arrays, dtype=np.uint16, casting="unsafe"), sum(not t for t in texts)
 
 
-def tokenize_all(documents, encoding: str, workers: int):
-    """Yields (the tokens of a batch of documents, number of skipped texts), in order."""
+def start_worker() -> None:
+    """Leaves Ctrl-C to the main process, and ends the worker when the main process is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def tokenize_all(documents, state: dict, workers: int):
+    """Yields (state_dict() before a batch, its tokens, number of skipped texts), in order."""
+    documents.load_state_dict(start := state["position"] or documents.state_dict())
     pool, pending = ThreadPoolExecutor(1), []
     if workers > 1:  # "fork" would copy locks that other threads hold, such as PyTorch's
-        pool = ProcessPoolExecutor(workers, get_context("spawn"))
-    with pool:
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker)
+    with pool, exit_on_error("cannot read or tokenize the documents; the same command resumes"):
         for batch in documents.iter(BATCH):
-            pending.append(pool.submit(tokenize, *batch.values(), encoding))
+            pending.append((start, pool.submit(tokenize, *batch.values(), state["encoding"])))
+            start = documents.state_dict()
             if len(pending) == 2 * workers:  # enough work for the time that writing a shard takes
-                yield pending.pop(0).result()
-        for future in pending:
-            yield future.result()
+                position, future = pending.pop(0)
+                yield position, *future.result()
+        for position, future in pending:
+            yield position, *future.result()
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -185,8 +198,8 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(f"{path}.tmp", path)
 
 
-def write_shards(stream, prefix: Path, state: dict) -> None:
-    """Writes PREFIX_{val,train}_NNNNNN.npy, and adds them to `state`."""
+def write_shards(stream, prefix: Path, progress: Path, state: dict) -> None:
+    """Writes PREFIX_{val,train}_NNNNNN.npy, and after each of them `state` to `progress`."""
 
     def write_shard(tokens: np.ndarray) -> None:
         split = "val" if state["tokens"] < state["val_tokens"] else "train"
@@ -199,14 +212,18 @@ def write_shards(stream, prefix: Path, state: dict) -> None:
         state["tokens"] += len(tokens)
         state["documents"] += int(np.count_nonzero(tokens == state["eot_token"]))
 
-    shard_size, size = state["made_by"]["shard_size"], state["val_tokens"]
+    shard_size, offset = state["made_by"]["shard_size"], state["offset"]
+    size = shard_size if state["shards"] else state["val_tokens"]
     rest = [np.empty(0, np.uint16)]  # the tokens after the last shard
-    for tokens, n_skipped in tqdm(stream, unit=" documents", unit_scale=BATCH, delay=1):
-        rest.append(tokens)
+    for position, tokens, n_skipped in tqdm(stream, unit=" documents", unit_scale=BATCH, delay=1):
+        rest.append(tokens[offset:])
         while sum(map(len, rest)) >= size:
             joined = np.concatenate(rest)
             write_shard(joined[:size])
             size, rest = shard_size, [joined[size:]]
+            state |= {"position": position, "offset": len(tokens) - len(rest[0])}
+            write_file(progress, json.dumps(state).encode())
+        offset = 0
         state["skipped"] += n_skipped
     joined = np.concatenate(rest)
     if state["tokens"] + len(joined) <= state["val_tokens"]:
@@ -232,6 +249,8 @@ def fingerprint(folder: str | Path) -> str:
 
 def open_shards(folder: str | Path, split: str, vocab_size: int, verify=False) -> list[np.ndarray]:
     """Returns the shards of "train" or "val", memory-mapped, each (n,) uint16. Exits on errors."""
+    if Path(folder, "progress.json").exists():
+        raise SystemExit(f"{folder} is not finished: run its fineweb.py command again")
     manifest, shards = read_manifest(folder), []
     if manifest.get("vocab_size") not in (None, min(vocab_size, 50257)):  # it may have added tokens
         raise SystemExit(f"{folder} is for vocab_size {manifest['vocab_size']}, not {vocab_size}")
@@ -284,22 +303,36 @@ def main(config: Config) -> None:
     sizes = [os.path.getsize(file) for file in files]
     tenth = sum(sizes) // (10 if enc.name == "bytes" else 40) + 1  # a token has about four bytes
     n_val = min(n_val, tenth) if config.files else n_val or config.shard_size
+    identity = hashlib.sha256(json.dumps([*map(os.path.basename, files), *sizes]).encode())
+    made_by = asdict(config) | {"files": identity.hexdigest(), "out": "", "workers": 0}
     state = {"encoding": enc.name, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
-    state |= {"made_by": asdict(config), "val_tokens": config.val_tokens or n_val}
-    state.update(tokens=0, documents=0, skipped=0, shards=[])
+    state |= {"made_by": made_by, "val_tokens": config.val_tokens or n_val}
+    state.update(tokens=0, documents=0, skipped=0, shards=[], position=None, offset=0)
     workers = config.workers or (1 if enc.name == "bytes" else os.cpu_count())
-    with exit_on_error(f"cannot write to {out}"):
+    manifest, progress = out / "manifest.json", out / "progress.json"
+    with exit_on_error(f"cannot write to {out}, or another process is writing to it"):
         out.mkdir(parents=True, exist_ok=True)
-    if any(SHARD.fullmatch(path.name) for path in out.glob("*")):
-        raise SystemExit(f"{out} has shards: delete it to write them again")
-    documents = load_documents(files, source, config.subset, config.text_column)
-    stream = tokenize_all(documents, enc.name, workers)
-    write_shards(stream, out / out.resolve().name, state)
-    write_file(out / "manifest.json", json.dumps(state, indent=1).encode())
+        lock = FileLock(out / ".fineweb.lock").acquire(timeout=0)
+    with lock:
+        with exit_on_error(f"{progress} or {manifest} is damaged: delete {out}"):
+            saved = [json.loads(p.read_bytes()) for p in (progress, manifest) if p.exists()]
+        same = [state for state in saved if state.get("made_by") == made_by]  # may resume
+        if not same and any(SHARD.fullmatch(path.name) for path in out.glob("*")):
+            raise SystemExit(f"{out} has shards made with other settings: choose another --out")
+        state = [state, *same][-1]
+        if "position" in state:  # not finished
+            write_file(progress, json.dumps(state).encode())
+            documents = load_documents(files, source, config.subset, config.text_column)
+            stream = tokenize_all(documents, state, workers)
+            write_shards(stream, out / out.resolve().name, progress, state)
+            del state["position"], state["offset"]
+            write_file(manifest, json.dumps(state, indent=1).encode())
+        progress.unlink(missing_ok=True)
     print(f"{out}: {state['tokens']:,} tokens of {state['documents']:,} documents")
 
 
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Config, use_underscores=True))
+    with exit_on_error("interrupted: the same command resumes", KeyboardInterrupt):
+        main(tyro.cli(Config, use_underscores=True))
