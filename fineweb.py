@@ -4,6 +4,7 @@ file of uint16; the first one is for validation. Every document begins with end-
     python fineweb.py                        # FineWeb-Edu sample-10BT into edu_fineweb10B/
     python fineweb.py --dataset USER/NAME    # any text data set on the Hugging Face hub
     python fineweb.py FILES --out my_data    # .parquet, .json, .jsonl, .txt (.gz, .zst); folders
+    python fineweb.py --part 3/8             # the third of eight jobs that share a folder
     python fineweb.py --download             # FineWeb-Edu as ready-made tokens
     python fineweb.py --verify my_data       # compare the shards with their checksums
 """
@@ -58,6 +59,7 @@ class Config:
     shard_size: int = 100_000_000  # tokens per shard
     val_tokens: int = 0  # in the first shard; 0: that in DATASETS, or at most a tenth of the files
     workers: int = 0  # processes that tokenize; 0: one per core; the shards do not depend on it
+    part: str = "1/1"  # i/n for the i-th of n contiguous parts of the files
     download: bool = False  # fetch the ready-made tokens of fineweb_edu_10BT
     verify: str = ""  # folder whose shards to compare with the checksums in manifest.json
 
@@ -213,7 +215,7 @@ def write_shards(stream, prefix: Path, progress: Path, state: dict) -> None:
         state["documents"] += int(np.count_nonzero(tokens == state["eot_token"]))
 
     shard_size, offset = state["made_by"]["shard_size"], state["offset"]
-    size = shard_size if state["shards"] else state["val_tokens"]
+    size = shard_size if state["shards"] else state["val_tokens"] or shard_size
     rest = [np.empty(0, np.uint16)]  # the tokens after the last shard
     for position, tokens, n_skipped in tqdm(stream, unit=" documents", unit_scale=BATCH, delay=1):
         rest.append(tokens[offset:])
@@ -233,13 +235,16 @@ def write_shards(stream, prefix: Path, progress: Path, state: dict) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict:
-    """Returns manifest.json, or only file names if there is none."""
-    path = Path(folder, "manifest.json")
-    if not path.exists():
+    """Returns manifest.json with the shards of all parts, or only file names if there is none."""
+    paths = sorted(Path(folder).glob("manifest*.json"))  # --part 3/8 writes manifest-3of8.json
+    if not paths:
         files = [path for path in sorted(Path(folder).glob("*")) if SHARD.fullmatch(path.name)]
         return {"shards": [{"file": path.name, "bytes": path.stat().st_size} for path in files]}
+    if {path.stem.partition("of")[2] or "1" for path in paths} != {str(len(paths))}:
+        raise SystemExit(f"{folder} does not have all parts: run fineweb.py with each --part")
     with exit_on_error(f"{folder}: manifest.json is damaged: copy it again"):
-        return json.loads(path.read_bytes())
+        manifests = [json.loads(path.read_bytes()) for path in paths]
+        return manifests[0] | {"shards": [shard for m in manifests for shard in m["shards"]]}
 
 
 def fingerprint(folder: str | Path) -> str:
@@ -249,7 +254,7 @@ def fingerprint(folder: str | Path) -> str:
 
 def open_shards(folder: str | Path, split: str, vocab_size: int, verify=False) -> list[np.ndarray]:
     """Returns the shards of "train" or "val", memory-mapped, each (n,) uint16. Exits on errors."""
-    if Path(folder, "progress.json").exists():
+    if any(Path(folder).glob("progress*.json")):
         raise SystemExit(f"{folder} is not finished: run its fineweb.py command again")
     manifest, shards = read_manifest(folder), []
     if manifest.get("vocab_size") not in (None, min(vocab_size, 50257)):  # it may have added tokens
@@ -296,6 +301,9 @@ def main(config: Config) -> None:
         repo = {"repo_id": "kjj0/finewebedu10B-gpt2", "repo_type": "dataset"}
         with exit_on_error(f"cannot download {repo['repo_id']}"):
             return print(snapshot_download(**repo, allow_patterns="*.bin", local_dir=out))
+    with exit_on_error(f"--part {config.part}: 1/8 is the first of eight parts, 8/8 the last"):
+        i, n_parts = map(int, config.part.split("/"))
+        _ = range(1, n_parts + 1).index(i)
     if config.shard_size < 1 or min(config.val_tokens, config.workers) < 0:
         raise SystemExit("--shard_size is less than 1, or another number is negative")
     files = standard_library() if dataset == "stdlib" else [*find_files(config.files)]
@@ -306,25 +314,28 @@ def main(config: Config) -> None:
     identity = hashlib.sha256(json.dumps([*map(os.path.basename, files), *sizes]).encode())
     made_by = asdict(config) | {"files": identity.hexdigest(), "out": "", "workers": 0}
     state = {"encoding": enc.name, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
-    state |= {"made_by": made_by, "val_tokens": config.val_tokens or n_val}
+    state |= {"made_by": made_by, "val_tokens": (config.val_tokens or n_val) if i == 1 else 0}
     state.update(tokens=0, documents=0, skipped=0, shards=[], position=None, offset=0)
     workers = config.workers or (1 if enc.name == "bytes" else os.cpu_count())
-    manifest, progress = out / "manifest.json", out / "progress.json"
+    suffix = f"-{i:0{len(str(n_parts))}d}of{n_parts}" if n_parts > 1 else ""
+    manifest, progress = out / f"manifest{suffix}.json", out / f"progress{suffix}.json"
     with exit_on_error(f"cannot write to {out}, or another process is writing to it"):
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".fineweb.lock").acquire(timeout=0)
+        lock = FileLock(out / f".fineweb{suffix}.lock").acquire(timeout=0)
     with lock:
         with exit_on_error(f"{progress} or {manifest} is damaged: delete {out}"):
             saved = [json.loads(p.read_bytes()) for p in (progress, manifest) if p.exists()]
         same = [state for state in saved if state.get("made_by") == made_by]  # may resume
-        if not same and any(SHARD.fullmatch(path.name) for path in out.glob("*")):
+        if not same and any(SHARD.fullmatch(path.name) for path in out.glob(f"*{suffix}_*")):
             raise SystemExit(f"{out} has shards made with other settings: choose another --out")
         state = [state, *same][-1]
         if "position" in state:  # not finished
             write_file(progress, json.dumps(state).encode())
             documents = load_documents(files, source, config.subset, config.text_column)
-            stream = tokenize_all(documents, state, workers)
-            write_shards(stream, out / out.resolve().name, progress, state)
+            if n_parts > documents.num_shards:
+                raise SystemExit(f"--part {config.part}: there are {documents.num_shards} files")
+            stream = tokenize_all(documents.shard(n_parts, i - 1), state, workers)
+            write_shards(stream, out / (out.resolve().name + suffix), progress, state)
             del state["position"], state["offset"]
             write_file(manifest, json.dumps(state, indent=1).encode())
         progress.unlink(missing_ok=True)
