@@ -1,6 +1,8 @@
 """Evaluates a language model on HellaSwag: which of four endings completes a text?
 
-    python hellaswag.py gpt2                # also gpt2-medium, gpt2-large, gpt2-xl, or a folder
+    python hellaswag.py --model gpt2           # OpenAI's 124M; also gpt2-medium, -large, -xl
+    python hellaswag.py --model log/gpt2-001   # a run's folder, or an exported model
+    python hellaswag.py --limit 500            # the first 500 examples: faster, less precise
 
 The validation set has 10,042 examples of a context and four endings. A human wrote one ending; a
 model generated the others, selected to fool classifiers (Zellers et al. 2019, arXiv:1905.07830).
@@ -23,7 +25,6 @@ import json
 import os
 import random
 import re
-import sys
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from typing import Literal, NamedTuple
 import tiktoken
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -63,9 +65,30 @@ def download(path: str | Path = PATH):
 
 
 def iterate_examples(path: str | Path = PATH) -> Iterator[dict]:
-    """Yields the examples of a JSON lines file, which is downloaded first if it is absent."""
+    """Yields the examples of a JSON lines file, which is downloaded first if it is absent. Exits
+    with a one-line message if the file is empty or a line is not an example."""
     download(path)
-    yield from map(json.loads, Path(path).read_bytes().splitlines())
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise SystemExit(f"cannot read the examples: {error}") from None
+    if not lines:
+        raise SystemExit(f"{path} is empty: delete it to download it again")
+    for number, line in enumerate(lines, start=1):
+        try:
+            example = json.loads(line)
+            ctx, endings, label = example["ctx"], example["endings"], example["label"]
+            optional = [example.get(key, "") for key in ("activity_label", "ctx_a", "ctx_b")]
+            valid = isinstance(endings, list) and len(endings) == 4
+            valid = valid and all(isinstance(text, str) for text in [ctx, *endings, *optional])
+            # The first token of an ending is predicted from the context, which is never empty.
+            valid = valid and ctx != "" and type(label) is int and 0 <= label < 4
+        except (ValueError, KeyError, TypeError, RecursionError):  # not JSON, or not an object
+            valid = False
+        if not valid:
+            expected = "'ctx' (text), 'endings' (four texts) and 'label' (0 to 3)"
+            raise SystemExit(f"{path}, line {number}: expected JSON with {expected}")
+        yield example
 
 
 def make_examples(documents: list[str], count: int, context_chars=112, ending_chars=15, seed=0):
@@ -156,6 +179,8 @@ class Counts(NamedTuple):
         return f"{scores} on {n:,} examples"
 
 
+# not cuDNN's attention, the default on an H100: it builds a plan for each new length of the rows
+@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def get_sum_loss(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sums the cross-entropy of each row's masked tokens: (R, N), (R, N) to (R,) float64."""
     shift_tokens, shift_mask = tokens[:, 1:], mask[:, 1:] == 1  # (R, N-1)
@@ -194,17 +219,41 @@ def evaluate(
     return Counts(num_correct, num_correct_norm, len(examples))
 
 
-def main(model: str = "gpt2"):
-    """Prints a model's scores on HellaSwag, rendered both ways, with their standard errors."""
+def main(
+    model: str = "gpt2",
+    file: str = PATH,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    batch_size: int = 16,
+    limit: int = 0,
+):
+    """Prints a model's scores on HellaSwag, rendered both ways, with their standard errors.
+
+    Args:
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, USER/NAME on the hub, or a folder.
+        file: Examples as JSON lines; downloaded if absent.
+        device: auto selects CUDA, else MPS, else the CPU.
+        dtype: Data type of matmuls; auto selects bfloat16 or float16 on CUDA, else float32.
+        batch_size: Number of examples in a forward pass; each has four rows.
+        limit: Number of examples, from the first; 0 selects all.
+    """
     import train_gpt2  # not at the top, because train_gpt2 imports this module
 
-    device = train_gpt2.get_device("auto")
+    if batch_size < 1 or limit < 0:
+        raise SystemExit("--batch_size must be at least 1, --limit at least 0")
+    device = train_gpt2.get_device(device)
+    examples = list(iterate_examples(file))[: limit or None]
     gpt = train_gpt2.load_model(model).to(device)
     enc = train_gpt2.get_encoding_for(gpt.config.vocab_size)
+    _, autocast = train_gpt2.get_autocast(dtype, device)
     for way in ("lecture", "harness"):
-        rendered = prepare(iterate_examples(), enc, gpt.config.block_size, way)
-        print(f"HellaSwag ({way}) {evaluate(gpt, rendered, progress=True)}")
+        rendered = prepare(examples, enc, gpt.config.block_size, way)
+        with autocast:
+            counts = evaluate(gpt, rendered, batch_size=batch_size, progress=True)
+        print(f"HellaSwag ({way}) {counts}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    import tyro
+
+    tyro.cli(main, use_underscores=True)
