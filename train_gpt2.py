@@ -249,7 +249,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2, with the parameter names of OpenAI's release."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, block: type[nn.Module] = Block):
         super().__init__()
         self.config = config
         # 50257 -> 50304, a multiple of 64, for which GPU kernels are faster
@@ -258,7 +258,7 @@ class GPT(nn.Module):
             "wte": nn.Embedding(padded_vocab_size, config.n_embd),
             "wpe": nn.Embedding(config.block_size, config.n_embd),
             "drop": nn.Dropout(config.dropout),
-            "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            "h": nn.ModuleList([block(config) for _ in range(config.n_layer)]),
             "ln_f": nn.LayerNorm(config.n_embd),
         }
         self.transformer = nn.ModuleDict(modules)
