@@ -5,10 +5,12 @@
 Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,29 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"{config.n_embd} channels do not divide into {config.n_head} heads")
+        self.n_head = config.n_head
+        self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        # position t may look at 0 .. t: a lower triangle of ones
+        mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
+        self.register_buffer("mask", mask, persistent=False)  # (block_size, block_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) to (B, T, C)
+        B, T, C = x.shape
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        # the products of hs numbers of deviation 1 have deviation sqrt(hs): take it out again,
+        # or the softmax would start saturated (Vaswani et al. 2017, section 3.2.1)
+        att = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T)
+        att = att.masked_fill(~self.mask[:T, :T], -math.inf)
+        att = F.dropout(F.softmax(att, dim=-1), self.dropout, self.training)
+        y = att @ v  # (B, nh, T, T) @ (B, nh, T, hs) -> (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads back side by side
+        return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
@@ -84,10 +107,15 @@ def main():
         device = "cpu"
     print(f"device: {device}")
 
-    model = GPT(Config()).to(device)
-    for name, p in model.named_parameters():
-        if "h." not in name or "h.0." in name:  # the other blocks are like the first
-            print(f"{name:35} {tuple(p.shape)}")
+    config = Config()
+    attn = CausalSelfAttention(config).to(device)
+    x = torch.randn(1, 8, config.n_embd, device=device)
+    changed = x.clone()
+    changed[:, 5] += 1.0
+    with torch.no_grad():
+        difference = (attn(changed) - attn(x)).abs().amax(dim=-1)[0]  # (T,)
+    print("position 5 changed; the outputs changed by")
+    print(" ".join(f"{d:.3f}" for d in difference.tolist()))
 
 
 if __name__ == "__main__":
