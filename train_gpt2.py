@@ -62,16 +62,22 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each position for itself: four times as wide, and back."""
+    """Each position for itself: four times as wide, GELU, and back."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # the approximation GPT-2 was trained with
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) to (B, T, C)
+        x = self.gelu(self.c_fc(x))  # (B, T, 4C)
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each behind a norm."""
+    """Attention, then MLP, each added to the residual stream."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -79,6 +85,13 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) to (B, T, C)
+        # norms sit on the branches (GPT-2 paper, section 2.3): along the sum itself gradients
+        # reach the first block unchanged
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class GPT(nn.Module):
@@ -108,14 +121,13 @@ def main():
     print(f"device: {device}")
 
     config = Config()
-    attn = CausalSelfAttention(config).to(device)
+    model = GPT(config).to(device)
     x = torch.randn(1, 8, config.n_embd, device=device)
-    changed = x.clone()
-    changed[:, 5] += 1.0
     with torch.no_grad():
-        difference = (attn(changed) - attn(x)).abs().amax(dim=-1)[0]  # (T,)
-    print("position 5 changed; the outputs changed by")
-    print(" ".join(f"{d:.3f}" for d in difference.tolist()))
+        for block in model.transformer.h:
+            x = block(x)
+            print(f"deviation of the residual stream {x.std():.3f}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 if __name__ == "__main__":
