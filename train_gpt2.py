@@ -104,11 +104,27 @@ class GPT(nn.Module):
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        """idx (B, T) int64, T up to block_size, to the logits (B, T, vocab_size) of the tokens that
+        follow."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens, but only {self.config.block_size} positions")
+        pos = torch.arange(T, device=idx.device)
+        tok_emb = self.transformer.wte(idx)  # (B, T, C)
+        pos_emb = self.transformer.wpe(pos)  # (T, C), alike in every row
+        x = self.transformer.drop(tok_emb + pos_emb)
+        for block in self.transformer.h:
+            x = block(x)
+        x = self.transformer.ln_f(x)
+        return self.lm_head(x)
 
 
 def main():
@@ -120,14 +136,11 @@ def main():
         device = "cpu"
     print(f"device: {device}")
 
-    config = Config()
-    model = GPT(config).to(device)
-    x = torch.randn(1, 8, config.n_embd, device=device)
+    model = GPT(Config()).to(device)
+    idx = torch.randint(50257, (2, 8), device=device)
     with torch.no_grad():
-        for block in model.transformer.h:
-            x = block(x)
-            print(f"deviation of the residual stream {x.std():.3f}")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+        logits = model(idx)
+    print(f"idx {tuple(idx.shape)} -> logits {tuple(logits.shape)}")
 
 
 if __name__ == "__main__":

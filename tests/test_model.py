@@ -30,3 +30,17 @@ def test_gpt2_has_163_million_parameters_while_the_head_is_untied():
     with torch.device("meta"):  # shapes without memory
         model = GPT(Config())
     assert sum(p.numel() for p in model.parameters()) == 163_037_184
+
+
+def test_logits_depend_on_tokens_and_positions_so_far():
+    torch.manual_seed(0)
+    model = GPT(Config(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=11))
+    idx = torch.randint(11, (2, 8))
+    changed = idx.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 11
+    before, after = model(idx), model(changed)
+    assert before.shape == (2, 8, 11)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert (before[:, 5:] != after[:, 5:]).any(dim=-1).all()
+    same = model(torch.zeros(1, 8, dtype=torch.int64))[0]  # one token, eight positions
+    assert not torch.allclose(same[0], same[1])
