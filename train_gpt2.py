@@ -1,14 +1,19 @@
 """Reproduce GPT-2 (124M).
 
-    python train_gpt2.py
+    python train_gpt2.py           # OpenAI's 124M
+    python train_gpt2.py FOLDER    # a GPT-2 that transformers has saved
 
 Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
 """
 
+import json
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -126,6 +131,56 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         return self.lm_head(x)
 
+    @classmethod
+    def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":
+        """A GPT-2 from a folder with config.json and model.safetensors, as transformers writes it,
+        or OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl from the hub.
+        SystemExit, one line, if that is no GPT-2."""
+        folder = Path(source) if Path(source).is_dir() else download_gpt2(str(source))
+        try:
+            parts = json.loads((folder / "config.json").read_text())
+            odd = {key: parts[key] for key in GPT2 if parts.get(key, GPT2[key]) != GPT2[key]}
+            if odd:
+                raise ValueError(f"GPT-2 has no {odd}")
+            shape = {key: parts[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+            model = cls(Config(**shape, block_size=parts["n_positions"], dropout=dropout))
+            state = {}
+            for name, w in load_file(folder / "model.safetensors").items():
+                if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+                    name = "transformer." + name.removeprefix("transformer.")
+                    state[name] = w.t() if name.endswith(TRANSPOSED) else w
+            state["lm_head.weight"] = state["transformer.wte.weight"]  # GPT-2 has one for both
+            model.load_state_dict(state)
+        except Exception as error:  # no file, no JSON, other keys, types, shapes: each has its own
+            reason = " ".join(repr(error).split())
+            raise SystemExit(f"{folder} holds no GPT-2 that can be loaded: {reason}") from error
+        return model
+
+
+# OpenAI's code keeps linear layers as (in, out), PyTorch as (out, in)
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# what else the config.json of a GPT-2 says
+GPT2 = {
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    "n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def download_gpt2(name: str) -> Path:
+    """The folder of OpenAI's weights in the hub's cache, fetched if absent."""
+    names = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    if name not in names:
+        raise SystemExit(f"no model {name!r}: give a folder, or one of {', '.join(names)}")
+    from huggingface_hub import snapshot_download
+
+    files = ["config.json", "model.safetensors"]
+    try:
+        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
+    except Exception as error:  # offline, refused, rate-limited: the hub has a word for each
+        reason = f"the hub does not give {name} ({type(error).__name__})"
+        raise SystemExit(f"{reason}: connect once, or name a folder with its {files}") from None
+
 
 def main():
     if torch.cuda.is_available():
@@ -136,11 +191,10 @@ def main():
         device = "cpu"
     print(f"device: {device}")
 
-    model = GPT(Config()).to(device)
-    idx = torch.randint(50257, (2, 8), device=device)
-    with torch.no_grad():
-        logits = model(idx)
-    print(f"idx {tuple(idx.shape)} -> logits {tuple(logits.shape)}")
+    source = sys.argv[1] if len(sys.argv) > 1 else "gpt2"
+    model = GPT.from_pretrained(source).to(device)
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{source}: {model.config.n_layer} blocks, {n_params:,} parameters loaded")
 
 
 if __name__ == "__main__":
