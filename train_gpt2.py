@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import tiktoken
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -131,6 +132,24 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         return self.lm_head(x)
 
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Continue idx (B, T) to (B, T + max_new_tokens), drawing among the top_k likeliest tokens
+        (None: all) after dividing the logits by the temperature (0: always the likeliest)."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size :])
+            logits = logits[:, -1, :]  # (B, vocab_size), after the last token
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+                logits = logits.masked_fill(logits < kth, -math.inf)
+            if temperature == 0:
+                next_token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+            else:
+                probs = F.softmax(logits / temperature, dim=-1)
+                next_token = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
+            idx = torch.cat((idx, next_token), dim=1)
+        return idx
+
     @classmethod
     def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":
         """A GPT-2 from a folder with config.json and model.safetensors, as transformers writes it,
@@ -182,6 +201,17 @@ def download_gpt2(name: str) -> Path:
         raise SystemExit(f"{reason}: connect once, or name a folder with its {files}") from None
 
 
+def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 5) -> list[str]:
+    """n continuations of the prompt by 32 tokens, each among the 50 likeliest; a seed, a text."""
+    device = model.lm_head.weight.device
+    idx = torch.tensor(encoding.encode_ordinary(prompt), device=device).repeat(n, 1)  # (n, T)
+    generator = torch.Generator(device).manual_seed(seed)
+    model.eval()
+    idx = model.generate(idx, max_new_tokens=32, top_k=50, generator=generator)  # (n, T + 32)
+    model.train()
+    return [encoding.decode(row) for row in idx.tolist()]
+
+
 def main():
     if torch.cuda.is_available():
         device = "cuda"
@@ -193,8 +223,9 @@ def main():
 
     source = sys.argv[1] if len(sys.argv) > 1 else "gpt2"
     model = GPT.from_pretrained(source).to(device)
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"{source}: {model.config.n_layer} blocks, {n_params:,} parameters loaded")
+    encoding = tiktoken.get_encoding("gpt2")
+    for text in sample_texts(model, encoding, "Hello, I'm a language model,", seed=42):
+        print(f"> {text!r}")
 
 
 if __name__ == "__main__":

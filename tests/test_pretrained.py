@@ -83,3 +83,11 @@ def test_no_network_is_told_in_one_line(monkeypatch):
     with pytest.raises(SystemExit, match="connect once, or name a folder") as error:
         GPT.from_pretrained("gpt2")
     assert "\n" not in str(error.value)
+
+
+def test_twenty_greedy_tokens_agree_with_transformers(tmp_path):
+    theirs = small_gpt2(tmp_path)
+    ours = GPT.from_pretrained(tmp_path).eval()
+    idx = torch.randint(97, (2, 8))
+    expected = theirs.generate(idx, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(ours.generate(idx, 20, temperature=0), expected)
