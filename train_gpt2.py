@@ -1,7 +1,7 @@
 """Reproduce GPT-2 (124M).
 
-    python train_gpt2.py           # OpenAI's 124M
-    python train_gpt2.py FOLDER    # a GPT-2 that transformers has saved
+    python train_gpt2.py           # random weights
+    python train_gpt2.py gpt2      # OpenAI's, or a folder with a GPT-2 that transformers saved
 
 Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
 """
@@ -221,8 +221,9 @@ def main():
         device = "cpu"
     print(f"device: {device}")
 
-    source = sys.argv[1] if len(sys.argv) > 1 else "gpt2"
-    model = GPT.from_pretrained(source).to(device)
+    torch.manual_seed(1337)
+    model = GPT.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else GPT(Config())
+    model.to(device)
     encoding = tiktoken.get_encoding("gpt2")
     for text in sample_texts(model, encoding, "Hello, I'm a language model,", seed=42):
         print(f"> {text!r}")
