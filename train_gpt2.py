@@ -9,6 +9,7 @@ Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 201
 import json
 import math
 import sys
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,6 +202,29 @@ def download_gpt2(name: str) -> Path:
         raise SystemExit(f"{reason}: connect once, or name a folder with its {files}") from None
 
 
+SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+
+
+def load_tokens(encoding) -> torch.Tensor:
+    """Tiny Shakespeare's tokens, (n,) int64, from input.txt, which is downloaded when absent."""
+    path = Path("input.txt")
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
+                path.write_bytes(response.read())
+        except OSError as error:
+            raise SystemExit(f"no input.txt ({error}): put {SHAKESPEARE} there by hand") from None
+    return torch.tensor(encoding.encode_ordinary(path.read_text(encoding="utf-8")))
+
+
+def get_batch(tokens: torch.Tensor, B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y, both (B, T): the first B * T tokens, and the token that follows each."""
+    buffer = tokens[: B * T + 1]  # one more, for the last target
+    return buffer[:-1].view(B, T), buffer[1:].view(B, T)
+
+
 def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 5) -> list[str]:
     """n continuations of the prompt by 32 tokens, each among the 50 likeliest; a seed, a text."""
     device = model.lm_head.weight.device
@@ -225,6 +249,10 @@ def main():
     model = GPT.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else GPT(Config())
     model.to(device)
     encoding = tiktoken.get_encoding("gpt2")
+    x, y = get_batch(load_tokens(encoding), B=4, T=32)
+    for t in range(6):
+        context, target = x[0, : t + 1].tolist(), y[0, t].tolist()
+        print(f"after {encoding.decode(context)!r} comes {encoding.decode([target])!r}")
     for text in sample_texts(model, encoding, "Hello, I'm a language model,", seed=42):
         print(f"> {text!r}")
 
