@@ -118,9 +118,9 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
         """idx (B, T) int64, T up to block_size, to the logits (B, T, vocab_size) of the tokens that
-        follow."""
+        follow; and, given these as targets (B, T), their mean cross-entropy in nats, else None."""
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens, but only {self.config.block_size} positions")
@@ -131,14 +131,17 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)
-        return self.lm_head(x)
+        logits = self.lm_head(x)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Continue idx (B, T) to (B, T + max_new_tokens), drawing among the top_k likeliest tokens
         (None: all) after dividing the logits by the temperature (0: always the likeliest)."""
         for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.block_size :])
+            logits, _ = self(idx[:, -self.config.block_size :])
             logits = logits[:, -1, :]  # (B, vocab_size), after the last token
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
@@ -250,9 +253,10 @@ def main():
     model.to(device)
     encoding = tiktoken.get_encoding("gpt2")
     x, y = get_batch(load_tokens(encoding), B=4, T=32)
-    for t in range(6):
-        context, target = x[0, : t + 1].tolist(), y[0, t].tolist()
-        print(f"after {encoding.decode(context)!r} comes {encoding.decode([target])!r}")
+    with torch.no_grad():
+        _, loss = model(x.to(device), y.to(device))
+    print(f"loss {loss.item():.4f}, of a guess among {model.config.vocab_size:,} tokens: ", end="")
+    print(f"{math.log(model.config.vocab_size):.4f}")
     for text in sample_texts(model, encoding, "Hello, I'm a language model,", seed=42):
         print(f"> {text!r}")
 

@@ -1,5 +1,8 @@
 """The network: every promise against something independent of it."""
 
+import math
+
+import numpy as np
 import torch
 
 from train_gpt2 import GPT, Block, CausalSelfAttention, Config
@@ -38,9 +41,20 @@ def test_logits_depend_on_tokens_and_positions_so_far():
     idx = torch.randint(11, (2, 8))
     changed = idx.clone()
     changed[:, 5] = (changed[:, 5] + 1) % 11
-    before, after = model(idx), model(changed)
+    (before, _), (after, _) = model(idx), model(changed)
     assert before.shape == (2, 8, 11)
     assert torch.equal(before[:, :5], after[:, :5])
     assert (before[:, 5:] != after[:, 5:]).any(dim=-1).all()
-    same = model(torch.zeros(1, 8, dtype=torch.int64))[0]  # one token, eight positions
+    same = model(torch.zeros(1, 8, dtype=torch.int64))[0][0]  # one token, eight positions
     assert not torch.allclose(same[0], same[1])
+
+
+def test_loss_is_the_mean_cross_entropy_in_nats():
+    torch.manual_seed(0)
+    model = GPT(Config(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11))
+    idx, targets = torch.randint(11, (2, 2, 8))
+    logits, loss = model(idx, targets)
+    p = np.exp(logits.detach().double().numpy())
+    p /= p.sum(axis=-1, keepdims=True)
+    picked = np.take_along_axis(p, targets.numpy()[..., None], axis=-1)
+    assert math.isclose(loss.item(), -np.log(picked).mean(), rel_tol=1e-5)

@@ -27,14 +27,14 @@ def test_top_1_and_temperature_0_are_greedy():
     greedy = draw(model, seed=1, temperature=0)
     assert torch.equal(draw(model, seed=2, top_k=1), greedy)
     idx = greedy[:, :5]  # each token is the argmax of what the model says of those before it
-    logits = model(idx)
+    logits, _ = model(idx)
     assert torch.equal(logits[:, :-1].argmax(-1), idx[:, 1:])
 
 
 def test_top_k_draws_among_the_k_likeliest():
     model = small_model()
     idx = draw(model, seed=1, n_rows=500, top_k=3)[:, :2]
-    likeliest = model(idx[:1, :1])[0, 0].topk(3).indices
+    likeliest = model(idx[:1, :1])[0][0, 0].topk(3).indices
     assert set(idx[:, 1].tolist()) == set(likeliest.tolist())
 
 
@@ -42,5 +42,5 @@ def test_samples_follow_the_distribution():
     model = small_model()
     idx = draw(model, seed=1, n_rows=20_000)[:, :2]
     frequencies = torch.bincount(idx[:, 1], minlength=65) / 20_000
-    probs = model(idx[:1, :1])[0, 0].softmax(-1)
+    probs = model(idx[:1, :1])[0][0, 0].softmax(-1)
     assert (frequencies - probs).abs().max() < 0.01
