@@ -1,6 +1,6 @@
 """Reproduce GPT-2 (124M).
 
-    python train_gpt2.py           # random weights
+    python train_gpt2.py           # train from random weights
     python train_gpt2.py gpt2      # OpenAI's, or a folder with a GPT-2 that transformers saved
 
 Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
@@ -253,11 +253,16 @@ def main():
     model.to(device)
     encoding = tiktoken.get_encoding("gpt2")
     x, y = get_batch(load_tokens(encoding), B=4, T=32)
-    with torch.no_grad():
-        _, loss = model(x.to(device), y.to(device))
-    print(f"loss {loss.item():.4f}, of a guess among {model.config.vocab_size:,} tokens: ", end="")
-    print(f"{math.log(model.config.vocab_size):.4f}")
-    for text in sample_texts(model, encoding, "Hello, I'm a language model,", seed=42):
+    x, y = x.to(device), y.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    max_steps = 50 if device == "cuda" else 20
+    for step in range(max_steps):
+        optimizer.zero_grad()  # backward adds to the gradients that are there
+        _, loss = model(x, y)
+        loss.backward()
+        optimizer.step()
+        print(f"step {step} | loss {loss.item():.4f}", flush=True)
+    for text in sample_texts(model, encoding, "Hello, I'm a language model,", seed=42, n=2):
         print(f"> {text!r}")
 
 
