@@ -222,10 +222,16 @@ def load_tokens(encoding) -> torch.Tensor:
     return torch.tensor(encoding.encode_ordinary(path.read_text(encoding="utf-8")))
 
 
-def get_batch(tokens: torch.Tensor, B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and y, both (B, T): the first B * T tokens, and the token that follows each."""
-    buffer = tokens[: B * T + 1]  # one more, for the last target
-    return buffer[:-1].view(B, T), buffer[1:].view(B, T)
+def get_batch(tokens: torch.Tensor, step: int, B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch x, y, both (B, T), of a step: a function of its arguments.
+
+    The tokens are cut into windows of T + 1, of which neighbours share one; step s takes B of them
+    from number s * B on, and starts over at the text's end. No position is kept, so none is lost.
+    """
+    n_windows = (len(tokens) - 1) // T
+    starts = [(step * B + i) % n_windows * T for i in range(B)]
+    windows = torch.stack([tokens[start : start + T + 1] for start in starts])  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
 
 
 def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 5) -> list[str]:
@@ -252,11 +258,11 @@ def main():
     model = GPT.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else GPT(Config())
     model.to(device)
     encoding = tiktoken.get_encoding("gpt2")
-    x, y = get_batch(load_tokens(encoding), B=4, T=32)
-    x, y = x.to(device), y.to(device)
+    tokens = load_tokens(encoding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     max_steps = 50 if device == "cuda" else 20
     for step in range(max_steps):
+        x, y = (t.to(device) for t in get_batch(tokens, step, B=4, T=32))
         optimizer.zero_grad()  # backward adds to the gradients that are there
         _, loss = model(x, y)
         loss.backward()
