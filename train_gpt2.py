@@ -117,6 +117,7 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2016)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
         """idx (B, T) int64, T up to block_size, to the logits (B, T, vocab_size) of the tokens that
@@ -172,7 +173,7 @@ class GPT(nn.Module):
                 if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                     name = "transformer." + name.removeprefix("transformer.")
                     state[name] = w.t() if name.endswith(TRANSPOSED) else w
-            state["lm_head.weight"] = state["transformer.wte.weight"]  # GPT-2 has one for both
+            state["lm_head.weight"] = state["transformer.wte.weight"]
             model.load_state_dict(state)
         except Exception as error:  # no file, no JSON, other keys, types, shapes: each has its own
             reason = " ".join(repr(error).split())
@@ -257,6 +258,7 @@ def main():
     torch.manual_seed(1337)
     model = GPT.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else GPT(Config())
     model.to(device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     encoding = tiktoken.get_encoding("gpt2")
     tokens = load_tokens(encoding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)

@@ -29,10 +29,20 @@ def test_block_adds_its_branches_to_the_stream():
     assert torch.equal(block(x), x)  # branches that say nothing leave the stream as it is
 
 
-def test_gpt2_has_163_million_parameters_while_the_head_is_untied():
+def test_gpt2_has_124_million_parameters():
     with torch.device("meta"):  # shapes without memory
         model = GPT(Config())
-    assert sum(p.numel() for p in model.parameters()) == 163_037_184
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+
+
+def test_embedding_and_head_are_one_matrix_and_learn_as_one():
+    torch.manual_seed(0)
+    model = GPT(Config(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11))
+    before = model.transformer.wte.weight.detach().clone()
+    model(*torch.randint(11, (2, 2, 8)))[1].backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert not torch.equal(model.lm_head.weight, before)
 
 
 def test_logits_depend_on_tokens_and_positions_so_far():
