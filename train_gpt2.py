@@ -118,6 +118,21 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2016)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Draw GPT-2's: deviation 0.02, positions 0.01 (openai/gpt-2, src/model.py)."""
+        for name, p in self.named_parameters():  # has the tied matrix once: it is drawn once
+            if name.endswith("bias"):
+                p.zero_()
+            elif "ln_" in name:
+                p.fill_(1.0)
+            elif name.endswith("c_proj.weight"):
+                # 2 n_layer branches add up: without this the stream would grow with the depth
+                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
+            else:
+                p.normal_(std=0.01 if name.endswith("wpe.weight") else 0.02)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
         """idx (B, T) int64, T up to block_size, to the logits (B, T, vocab_size) of the tokens that

@@ -68,3 +68,52 @@ def test_loss_is_the_mean_cross_entropy_in_nats():
     p /= p.sum(axis=-1, keepdims=True)
     picked = np.take_along_axis(p, targets.numpy()[..., None], axis=-1)
     assert math.isclose(loss.item(), -np.log(picked).mean(), rel_tol=1e-5)
+
+
+def test_initialization_has_openais_deviations():
+    torch.manual_seed(0)
+    n_layer = 8
+    model = GPT(Config(n_layer=n_layer, n_head=2, n_embd=192, block_size=256, vocab_size=500))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif "ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            expected = 0.02 / (2 * n_layer) ** 0.5 if "c_proj" in name else 0.02
+            expected = 0.01 if "wpe" in name else expected
+            assert math.isclose(p.std().item(), expected, rel_tol=0.02), name
+            assert abs(p.mean().item()) < 0.02 * expected + 1e-4, name
+
+
+def test_scaled_branches_keep_the_stream_at_its_size():
+    def growth(rescale):
+        torch.manual_seed(0)
+        model = GPT(Config(n_layer=32, n_head=2, n_embd=64, block_size=16, vocab_size=99))
+        x = start = torch.randn(4, 16, 64)
+        with torch.no_grad():
+            for block in model.transformer.h:
+                block.attn.c_proj.weight *= rescale
+                block.mlp.c_proj.weight *= rescale
+                x = block(x)
+        return ((x - start).std() / start.std()).item()
+
+    # undoing the factor 1 / sqrt(2 * 32) = 1 / 8 lets the branches' sum grow about as much
+    assert growth(8) > 6 * growth(1)
+
+
+def test_the_first_loss_is_that_of_a_guess():
+    torch.manual_seed(0)
+    model = GPT(Config(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=50257))
+    _, loss = model(*torch.randint(50257, (2, 4, 64)))
+    assert abs(loss.item() - math.log(50257)) < 0.05
+
+
+def test_the_same_seed_draws_the_same_weights():
+    def weights(seed):
+        torch.manual_seed(seed)
+        model = GPT(Config(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11))
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
