@@ -9,6 +9,7 @@ Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 201
 import json
 import math
 import sys
+import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,6 +269,7 @@ def main():
         device = "mps"
     else:
         device = "cpu"
+    B, T, max_steps = (16, 1024, 50) if device == "cuda" else (4, 128, 8)
     print(f"device: {device}")
 
     torch.manual_seed(1337)
@@ -277,14 +279,21 @@ def main():
     encoding = tiktoken.get_encoding("gpt2")
     tokens = load_tokens(encoding)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    max_steps = 50 if device == "cuda" else 20
     for step in range(max_steps):
-        x, y = (t.to(device) for t in get_batch(tokens, step, B=4, T=32))
+        t0 = time.perf_counter()
+        x, y = (t.to(device) for t in get_batch(tokens, step, B, T))
         optimizer.zero_grad()  # backward adds to the gradients that are there
         _, loss = model(x, y)
         loss.backward()
         optimizer.step()
-        print(f"step {step} | loss {loss.item():.4f}", flush=True)
+        if device != "cpu":
+            getattr(torch, device).synchronize()  # the clock waits for the GPU
+        dt = time.perf_counter() - t0
+        print(
+            f"step {step} | loss {loss.item():.4f} | {dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s"
+            + (" | warm-up" if step == 0 else ""),
+            flush=True,
+        )
     for text in sample_texts(model, encoding, "Hello, I'm a language model,", seed=42, n=2):
         print(f"> {text!r}")
 
