@@ -269,6 +269,8 @@ def main():
         device = "mps"
     else:
         device = "cpu"
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
     B, T, max_steps = (16, 1024, 50) if device == "cuda" else (4, 128, 8)
     print(f"device: {device}")
 
