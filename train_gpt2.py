@@ -151,7 +151,7 @@ class GPT(nn.Module):
         logits = self.lm_head(x)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
@@ -159,7 +159,7 @@ class GPT(nn.Module):
         (None: all) after dividing the logits by the temperature (0: always the likeliest)."""
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])
-            logits = logits[:, -1, :]  # (B, vocab_size), after the last token
+            logits = logits[:, -1, :].float()  # (B, vocab_size), after the last token
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < kth, -math.inf)
@@ -262,6 +262,14 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 5) -> li
     return [encoding.decode(row) for row in idx.tolist()]
 
 
+def resolve_dtype(device: str) -> torch.dtype:
+    """The dtype of autocast's matrix products: bfloat16, or float16 on a GPU that lacks it."""
+    # GPUs before Ampere only emulate bfloat16, slowly
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
 def main():
     if torch.cuda.is_available():
         device = "cuda"
@@ -270,9 +278,12 @@ def main():
     else:
         device = "cpu"
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
+        torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves float32
+    dtype = resolve_dtype(device)
+    autocast = torch.autocast(device, dtype)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     B, T, max_steps = (16, 1024, 50) if device == "cuda" else (4, 128, 8)
-    print(f"device: {device}")
+    print(f"device: {device}, {dtype}")
 
     torch.manual_seed(1337)
     model = GPT.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else GPT(Config())
@@ -285,9 +296,11 @@ def main():
         t0 = time.perf_counter()
         x, y = (t.to(device) for t in get_batch(tokens, step, B, T))
         optimizer.zero_grad()  # backward adds to the gradients that are there
-        _, loss = model(x, y)
-        loss.backward()
-        optimizer.step()
+        with autocast:
+            _, loss = model(x, y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         if device != "cpu":
             getattr(torch, device).synchronize()  # the clock waits for the GPU
         dt = time.perf_counter() - t0
