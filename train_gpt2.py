@@ -286,12 +286,16 @@ def main():
     print(f"device: {device}, {dtype}")
 
     torch.manual_seed(1337)
-    model = GPT.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else GPT(Config())
-    model.to(device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    # a CPU takes a minute to compile 12 blocks
+    config = Config(block_size=T, n_layer=12 if device == "cuda" else 4)
+    raw_model = GPT.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else GPT(config)
+    raw_model.to(device)
+    print(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters")
+    # two handles: compiled for the training steps, bare for what comes in other shapes
+    model = torch.compile(raw_model)
     encoding = tiktoken.get_encoding("gpt2")
     tokens = load_tokens(encoding)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=3e-4)
     for step in range(max_steps):
         t0 = time.perf_counter()
         x, y = (t.to(device) for t in get_batch(tokens, step, B, T))
@@ -309,7 +313,7 @@ def main():
             + (" | warm-up" if step == 0 else ""),
             flush=True,
         )
-    for text in sample_texts(model, encoding, "Hello, I'm a language model,", seed=42, n=2):
+    for text in sample_texts(raw_model, encoding, "Hello, I'm a language model,", seed=42, n=2):
         print(f"> {text!r}")
 
 
