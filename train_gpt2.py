@@ -51,20 +51,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
-        # position t may look at 0 .. t: a lower triangle of ones
-        mask = torch.ones(config.block_size, config.block_size, dtype=torch.bool).tril()
-        self.register_buffer("mask", mask, persistent=False)  # (block_size, block_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) to (B, T, C)
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
-        # the products of hs numbers of deviation 1 have deviation sqrt(hs): take it out again,
-        # or the softmax would start saturated (Vaswani et al. 2017, section 3.2.1)
-        att = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, nh, T, T)
-        att = att.masked_fill(~self.mask[:T, :T], -math.inf)
-        att = F.dropout(F.softmax(att, dim=-1), self.dropout, self.training)
-        y = att @ v  # (B, nh, T, T) @ (B, nh, T, hs) -> (B, nh, T, hs)
+        # flash attention: the (T, T) weights are never written to memory (Dao et al. 2022)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads back side by side
         return self.resid_dropout(self.c_proj(y))
 

@@ -117,3 +117,21 @@ def test_the_same_seed_draws_the_same_weights():
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def test_attention_is_the_written_out_formula():
+    torch.manual_seed(0)
+    B, T, C, nh = 2, 8, 48, 4
+    attn = CausalSelfAttention(Config(n_head=nh, n_embd=C, block_size=T))
+    x = torch.randn(B, T, C)
+    q, k, v = (t.view(B, T, nh, C // nh) for t in attn.c_attn(x).split(C, dim=2))
+    scores = torch.einsum("bthc,bshc->bhts", q, k) / math.sqrt(C // nh)
+    later = torch.arange(T)[None, :] > torch.arange(T)[:, None]
+    weights = scores.masked_fill(later, -math.inf).softmax(-1)
+    y = torch.einsum("bhts,bshc->bthc", weights, v).reshape(B, T, C)
+    assert torch.allclose(attn(x), attn.c_proj(y), atol=1e-5)
+
+
+def test_no_mask_is_left_in_the_network():
+    model = GPT(Config(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11))
+    assert not list(model.buffers())
