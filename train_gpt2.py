@@ -102,16 +102,18 @@ class GPT(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        # 50257 becomes 50304 = 786 * 64: matrix kernels work in tiles of such sizes
+        padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": nn.Embedding(padded_vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2016)
         self.init_weights()
 
@@ -142,7 +144,7 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x = block(x)
         x = self.transformer.ln_f(x)
-        logits = self.lm_head(x)
+        logits = self.lm_head(x)[..., : self.config.vocab_size]  # the padding stays in here
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -183,8 +185,9 @@ class GPT(nn.Module):
                 if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                     name = "transformer." + name.removeprefix("transformer.")
                     state[name] = w.t() if name.endswith(TRANSPOSED) else w
-            state["lm_head.weight"] = state["transformer.wte.weight"]
-            model.load_state_dict(state)
+            wte = state["transformer.wte.weight"]
+            wte = F.pad(wte, (0, 0, 0, model.lm_head.out_features - parts["vocab_size"]))
+            model.load_state_dict(state | {"transformer.wte.weight": wte, "lm_head.weight": wte})
         except Exception as error:  # no file, no JSON, other keys, types, shapes: each has its own
             reason = " ".join(repr(error).split())
             raise SystemExit(f"{folder} holds no GPT-2 that can be loaded: {reason}") from error

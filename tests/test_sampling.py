@@ -44,3 +44,14 @@ def test_samples_follow_the_distribution():
     frequencies = torch.bincount(idx[:, 1], minlength=65) / 20_000
     probs = model(idx[:1, :1])[0][0, 0].softmax(-1)
     assert (frequencies - probs).abs().max() < 0.01
+
+
+def test_padding_is_never_sampled_and_never_in_the_loss():
+    model = small_model(vocab_size=65)  # 128 rows
+    x, y = torch.randint(65, (2, 4, 8))
+    _, before = model(x, y)
+    with torch.no_grad():
+        model.lm_head.weight[65:] = 100.0  # rows that would win every draw
+    logits, after = model(x, y)
+    assert logits.size(-1) == 65 and torch.equal(before, after)
+    assert draw(model, seed=1, n_rows=500).max() < 65
