@@ -1,29 +1,34 @@
 """Reproduce GPT-2 (124M).
 
-    python train_gpt2.py           # train from random weights
-    python train_gpt2.py gpt2      # OpenAI's, or a folder with a GPT-2 that transformers saved
+    python train_gpt2.py                     # train from random weights
+    python train_gpt2.py --lr 1e-3           # every field of Config is a flag: --help
+    python train_gpt2.py --init_from gpt2    # OpenAI's weights, or a folder of transformers'
 
 Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
 """
 
 import json
 import math
-import sys
 import time
 import urllib.request
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tiktoken
 import torch
+import tyro
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+# ---- hyperparameters: the part to tweak ----------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Config:
-    """The network's shape. The defaults are GPT-2 124M's."""
+    """Every hyperparameter of a run, with its unit and reason. The defaults are GPT-2 124M's."""
 
     n_layer: int = 12
     """blocks"""
@@ -36,7 +41,28 @@ class Config:
     vocab_size: int = 50257
     """tokens: 256 bytes, 50,000 merges, end-of-text"""
     dropout: float = 0.0
-    """probability"""
+    """probability; training for less than two epochs needs none"""
+
+    max_steps: int = 50
+    """updates"""
+    lr: float = 3e-4
+    """learning rate"""
+    seed: int = 1337
+    """of the initialization"""
+
+    micro_batch_size: int = 16
+    """sequences in one forward pass"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: CUDA, else Apple's MPS, else the CPU"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """of matrix products; auto: on CUDA bfloat16, or float16 on a GPU without it, else float32"""
+    compile: bool = True
+    """torch.compile: a minute at the start, much faster steps"""
+    init_from: str = ""
+    """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"""
+
+
+# ---- model ---------------------------------------------------------------------------------------
 
 
 class CausalSelfAttention(nn.Module):
@@ -219,6 +245,8 @@ def download_gpt2(name: str) -> Path:
         raise SystemExit(f"{reason}: connect once, or name a folder with its {files}") from None
 
 
+# ---- data ----------------------------------------------------------------------------------------
+
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -248,6 +276,9 @@ def get_batch(tokens: torch.Tensor, step: int, B: int, T: int) -> tuple[torch.Te
     return windows[:, :-1], windows[:, 1:]
 
 
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
 def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 5) -> list[str]:
     """n continuations of the prompt by 32 tokens, each among the 50 likeliest; a seed, a text."""
     device = model.lm_head.weight.device
@@ -259,41 +290,54 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 5) -> li
     return [encoding.decode(row) for row in idx.tolist()]
 
 
-def resolve_dtype(device: str) -> torch.dtype:
-    """The dtype of autocast's matrix products: bfloat16, or float16 on a GPU that lacks it."""
+# ---- devices -------------------------------------------------------------------------------------
+
+
+def resolve_device(name: str) -> torch.device:
+    """auto, cpu, cuda or mps to a device."""
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not has_mps:
+        raise SystemExit(f"no {name} device here: give --device cpu")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto, float32, bfloat16 or float16 to the dtype of the matrix products."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
     # GPUs before Ampere only emulate bfloat16, slowly
-    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
-def main():
-    if torch.cuda.is_available():
-        device = "cuda"
-    elif torch.backends.mps.is_available():
-        device = "mps"
-    else:
-        device = "cpu"
-    if device == "cuda":
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def main(config: Config):
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves float32
-    dtype = resolve_dtype(device)
-    autocast = torch.autocast(device, dtype)
-    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    B, T, max_steps = (16, 1024, 50) if device == "cuda" else (4, 128, 8)
-    print(f"device: {device}, {dtype}")
 
-    torch.manual_seed(1337)
-    # a CPU takes a minute to compile 12 blocks
-    config = Config(block_size=T, n_layer=12 if device == "cuda" else 4)
-    raw_model = GPT.from_pretrained(sys.argv[1]) if len(sys.argv) > 1 else GPT(config)
+    torch.manual_seed(config.seed)
+    raw_model = GPT.from_pretrained(config.init_from) if config.init_from else GPT(config)
     raw_model.to(device)
-    print(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters")
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    print(f"{n_params:,} parameters | {device}, {dtype}")
     # two handles: compiled for the training steps, bare for what comes in other shapes
-    model = torch.compile(raw_model)
+    model = torch.compile(raw_model) if config.compile else raw_model
+
     encoding = tiktoken.get_encoding("gpt2")
     tokens = load_tokens(encoding)
-    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=3e-4)
-    for step in range(max_steps):
+    B, T = config.micro_batch_size, config.block_size
+    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=config.lr)
+    for step in range(config.max_steps):
         t0 = time.perf_counter()
         x, y = (t.to(device) for t in get_batch(tokens, step, B, T))
         optimizer.zero_grad()  # backward adds to the gradients that are there
@@ -302,8 +346,8 @@ def main():
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        if device != "cpu":
-            getattr(torch, device).synchronize()  # the clock waits for the GPU
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()  # the clock waits for the GPU
         dt = time.perf_counter() - t0
         print(
             f"step {step} | loss {loss.item():.4f} | {dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s"
@@ -315,4 +359,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description="Train GPT-2.", use_underscores=True))
