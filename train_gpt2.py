@@ -47,6 +47,12 @@ class Config:
     """updates"""
     lr: float = 3e-4
     """learning rate"""
+    beta1: float = 0.9
+    """AdamW's memory of the gradient"""
+    beta2: float = 0.95
+    """AdamW's memory of the squared gradient: shorter than the usual 0.999, as GPT-3's"""
+    grad_clip: float = 1.0
+    """largest norm of the gradient; 0 clips nothing"""
     seed: int = 1337
     """of the initialization"""
 
@@ -336,7 +342,8 @@ def main(config: Config):
     encoding = tiktoken.get_encoding("gpt2")
     tokens = load_tokens(encoding)
     B, T = config.micro_batch_size, config.block_size
-    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=config.lr)
+    betas = (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=config.lr, betas=betas, eps=1e-8)
     for step in range(config.max_steps):
         t0 = time.perf_counter()
         x, y = (t.to(device) for t in get_batch(tokens, step, B, T))
@@ -344,14 +351,16 @@ def main(config: Config):
         with autocast:
             _, loss = model(x, y)
         scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()  # the clock waits for the GPU
         dt = time.perf_counter() - t0
         print(
-            f"step {step} | loss {loss.item():.4f} | {dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s"
-            + (" | warm-up" if step == 0 else ""),
+            f"step {step} | loss {loss.item():.4f} | norm {norm.item():.2f} | "
+            f"{dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s" + (" | warm-up" if step == 0 else ""),
             flush=True,
         )
     for text in sample_texts(raw_model, encoding, "Hello, I'm a language model,", seed=42, n=2):
