@@ -45,8 +45,12 @@ class Config:
 
     max_steps: int = 50
     """updates"""
-    lr: float = 3e-4
-    """learning rate"""
+    lr: float = 6e-4
+    """peak learning rate (GPT-3, table 2.1)"""
+    min_lr: float = 6e-5
+    """learning rate at the end: a tenth of the peak"""
+    warmup_steps: int = 10
+    """updates of linear warm-up"""
     beta1: float = 0.9
     """AdamW's memory of the gradient"""
     beta2: float = 0.95
@@ -282,6 +286,18 @@ def get_batch(tokens: torch.Tensor, step: int, B: int, T: int) -> tuple[torch.Te
     return windows[:, :-1], windows[:, 1:]
 
 
+# ---- optimizer and schedule ----------------------------------------------------------------------
+
+
+def get_lr(step: int, config: Config) -> float:
+    """The learning rate of update `step`: linear warm-up, then half a cosine down to min_lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps  # + 1: a rate of 0 would waste a step
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))  # from 1 to 0
+    return config.min_lr + cosine * (config.lr - config.min_lr)
+
+
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
@@ -346,6 +362,9 @@ def main(config: Config):
     optimizer = torch.optim.AdamW(raw_model.parameters(), lr=config.lr, betas=betas, eps=1e-8)
     for step in range(config.max_steps):
         t0 = time.perf_counter()
+        lr = get_lr(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         x, y = (t.to(device) for t in get_batch(tokens, step, B, T))
         optimizer.zero_grad()  # backward adds to the gradients that are there
         with autocast:
@@ -359,7 +378,7 @@ def main(config: Config):
             getattr(torch, device.type).synchronize()  # the clock waits for the GPU
         dt = time.perf_counter() - t0
         print(
-            f"step {step} | loss {loss.item():.4f} | norm {norm.item():.2f} | "
+            f"step {step} | loss {loss.item():.4f} | lr {lr:.1e} | norm {norm.item():.2f} | "
             f"{dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s" + (" | warm-up" if step == 0 else ""),
             flush=True,
         )

@@ -1,8 +1,42 @@
-"""Learning: gradients, updates, schedules."""
+"""Schedule, AdamW, accumulation and clipping against their formulas."""
 
+import math
+
+import pytest
 import torch
 
-from train_gpt2 import GPT, Config
+from train_gpt2 import GPT, Config, get_lr
+
+
+def schedule(**changes):
+    """10 updates of warm-up, 100 of cosine, from 0.3 to 0.1."""
+    return Config(**{"warmup_steps": 10, "max_steps": 110, "lr": 0.3, "min_lr": 0.1} | changes)
+
+
+def test_warm_up_is_linear_and_its_first_update_is_not_lost():
+    rates = [get_lr(step, schedule()) for step in range(10)]
+    assert rates == pytest.approx([0.3 * n / 10 for n in range(1, 11)])  # ends at the peak
+
+
+def test_the_decay_is_half_a_cosine_from_the_peak_to_min_lr():
+    for step in range(10, 111):
+        expected = 0.1 + 0.2 * (1 + math.cos(math.pi * (step - 10) / 100)) / 2
+        assert get_lr(step, schedule()) == pytest.approx(expected)
+    assert get_lr(60, schedule()) == pytest.approx((0.3 + 0.1) / 2)  # halfway, their mean
+
+
+def test_from_max_steps_on_the_rate_is_min_lr():
+    assert [get_lr(step, schedule()) for step in (110, 111, 10_000)] == pytest.approx([0.1] * 3)
+
+
+def test_no_warm_up_begins_at_the_peak():
+    assert get_lr(0, schedule(warmup_steps=0)) == pytest.approx(0.3)
+
+
+def test_a_run_may_end_with_its_warm_up():
+    rates = [get_lr(step, schedule(max_steps=10)) for step in range(11)]
+    assert rates[9] == pytest.approx(0.3)
+    assert all(0.0 < rate <= 0.3 + 1e-12 for rate in rates)
 
 
 def test_one_batch_is_learned_by_heart():
