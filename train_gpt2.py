@@ -51,6 +51,8 @@ class Config:
     """learning rate at the end: a tenth of the peak"""
     warmup_steps: int = 10
     """updates of linear warm-up"""
+    weight_decay: float = 0.1
+    """AdamW's, on matrices only"""
     beta1: float = 0.9
     """AdamW's memory of the gradient"""
     beta2: float = 0.95
@@ -298,6 +300,17 @@ def get_lr(step: int, config: Config) -> float:
     return config.min_lr + cosine * (config.lr - config.min_lr)
 
 
+def configure_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW that decays matrices (2 dimensions: linear layers, embeddings) and nothing else."""
+    params = list(model.parameters())
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8)
+
+
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
@@ -358,8 +371,12 @@ def main(config: Config):
     encoding = tiktoken.get_encoding("gpt2")
     tokens = load_tokens(encoding)
     B, T = config.micro_batch_size, config.block_size
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(raw_model.parameters(), lr=config.lr, betas=betas, eps=1e-8)
+    optimizer = configure_optimizer(raw_model, config)
+    for group in optimizer.param_groups:
+        count = sum(p.numel() for p in group["params"])
+        print(
+            f"{len(group['params'])} tensors, {count:,} parameters: decay {group['weight_decay']}"
+        )
     for step in range(config.max_steps):
         t0 = time.perf_counter()
         lr = get_lr(step, config)

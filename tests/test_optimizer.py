@@ -2,10 +2,21 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from train_gpt2 import GPT, Config, get_lr
+from train_gpt2 import GPT, Config, configure_optimizer, get_lr
+
+
+def config(**changes):
+    sizes = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16, "vocab_size": 65}
+    return Config(**sizes | changes)
+
+
+def tiny(**changes):
+    torch.manual_seed(1)
+    return GPT(config(**changes))
 
 
 def schedule(**changes):
@@ -37,6 +48,39 @@ def test_a_run_may_end_with_its_warm_up():
     rates = [get_lr(step, schedule(max_steps=10)) for step in range(11)]
     assert rates[9] == pytest.approx(0.3)
     assert all(0.0 < rate <= 0.3 + 1e-12 for rate in rates)
+
+
+def test_exactly_the_matrices_decay():
+    model = tiny(weight_decay=0.25)
+    groups = configure_optimizer(model, model.config).param_groups
+    decay = [id(p) for g in groups if g["weight_decay"] == 0.25 for p in g["params"]]
+    plain = [id(p) for g in groups if g["weight_decay"] == 0.0 for p in g["params"]]
+    matrices = {id(p) for p in model.parameters() if p.dim() == 2}
+    vectors = {id(p) for p in model.parameters() if p.dim() == 1}
+    assert set(decay) == matrices and set(plain) == vectors
+    assert len(decay) == 2 + 4 * 2 and len(plain) == 2 + 8 * 2  # each once, the tied one too
+    assert id(model.lm_head.weight) in decay
+
+
+def test_updates_are_adamws_formula():
+    settings = config(lr=0.01, weight_decay=0.3, beta1=0.7, beta2=0.8)  # nobody's defaults
+    model = tiny()
+    optimizer = configure_optimizer(model, settings)
+    params = list(model.parameters())
+    p = [w.detach().double().numpy().copy() for w in params]
+    m, v = [np.zeros_like(w) for w in p], [np.zeros_like(w) for w in p]
+    rng = np.random.default_rng(3)
+    for t in range(1, 6):
+        for i, w in enumerate(params):
+            g = rng.normal(size=w.shape).astype(np.float32)
+            w.grad = torch.from_numpy(g)
+            m[i] = 0.7 * m[i] + 0.3 * g
+            v[i] = 0.8 * v[i] + 0.2 * g**2
+            p[i] *= 1 - 0.01 * (0.3 if w.dim() == 2 else 0.0)
+            p[i] -= 0.01 * (m[i] / (1 - 0.7**t)) / (np.sqrt(v[i] / (1 - 0.8**t)) + 1e-8)
+        optimizer.step()
+    for w, expected in zip(params, p, strict=True):
+        np.testing.assert_allclose(w.detach().numpy(), expected, rtol=0, atol=1e-6)
 
 
 def test_one_batch_is_learned_by_heart():
