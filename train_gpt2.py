@@ -300,7 +300,7 @@ def get_lr(step: int, config: Config) -> float:
     return config.min_lr + cosine * (config.lr - config.min_lr)
 
 
-def configure_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+def configure_optimizer(model: nn.Module, config: Config, device_type: str) -> torch.optim.AdamW:
     """AdamW that decays matrices (2 dimensions: linear layers, embeddings) and nothing else."""
     params = list(model.parameters())
     groups = [
@@ -308,7 +308,9 @@ def configure_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8)
+    # fused: one kernel goes over all parameters, instead of a dozen over each
+    fused = device_type in ("cpu", "cuda", "mps")
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=fused)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -371,7 +373,7 @@ def main(config: Config):
     encoding = tiktoken.get_encoding("gpt2")
     tokens = load_tokens(encoding)
     B, T = config.micro_batch_size, config.block_size
-    optimizer = configure_optimizer(raw_model, config)
+    optimizer = configure_optimizer(raw_model, config, device.type)
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         print(

@@ -52,7 +52,7 @@ def test_a_run_may_end_with_its_warm_up():
 
 def test_exactly_the_matrices_decay():
     model = tiny(weight_decay=0.25)
-    groups = configure_optimizer(model, model.config).param_groups
+    groups = configure_optimizer(model, model.config, "cpu").param_groups
     decay = [id(p) for g in groups if g["weight_decay"] == 0.25 for p in g["params"]]
     plain = [id(p) for g in groups if g["weight_decay"] == 0.0 for p in g["params"]]
     matrices = {id(p) for p in model.parameters() if p.dim() == 2}
@@ -62,10 +62,16 @@ def test_exactly_the_matrices_decay():
     assert id(model.lm_head.weight) in decay
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_adamw_is_fused(device_type):
+    groups = configure_optimizer(tiny(), config(), device_type).param_groups
+    assert all(group["fused"] is True for group in groups)
+
+
 def test_updates_are_adamws_formula():
     settings = config(lr=0.01, weight_decay=0.3, beta1=0.7, beta2=0.8)  # nobody's defaults
     model = tiny()
-    optimizer = configure_optimizer(model, settings)
+    optimizer = configure_optimizer(model, settings, "cpu")
     params = list(model.parameters())
     p = [w.detach().double().numpy().copy() for w in params]
     m, v = [np.zeros_like(w) for w in p], [np.zeros_like(w) for w in p]
