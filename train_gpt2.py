@@ -43,6 +43,8 @@ class Config:
     dropout: float = 0.0
     """probability; training for less than two epochs needs none"""
 
+    total_batch_size: int = 2**19
+    """tokens an update: GPT-3's 0.5M, as a power of two"""
     max_steps: int = 50
     """updates"""
     lr: float = 6e-4
@@ -63,7 +65,7 @@ class Config:
     """of the initialization"""
 
     micro_batch_size: int = 16
-    """sequences in one forward pass"""
+    """sequences in one forward pass: costs memory, never changes the losses"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -276,14 +278,18 @@ def load_tokens(encoding) -> torch.Tensor:
     return torch.tensor(encoding.encode_ordinary(path.read_text(encoding="utf-8")))
 
 
-def get_batch(tokens: torch.Tensor, step: int, B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch x, y, both (B, T), of a step: a function of its arguments.
+def get_batch(tokens: torch.Tensor, config: Config, step: int, micro_step: int):
+    """The batch x, y, both (B, T), of a micro-step: a function of its arguments.
 
-    The tokens are cut into windows of T + 1, of which neighbours share one; step s takes B of them
-    from number s * B on, and starts over at the text's end. No position is kept, so none is lost.
+    The tokens are cut into windows of T + 1, of which neighbours share one. Update `step` takes W
+    of them, from number step * W on, and starts over at the text's end; micro-steps share them
+    out. No position is kept, so none is lost.
     """
+    B, T = config.micro_batch_size, config.block_size
+    W = config.total_batch_size // T
     n_windows = (len(tokens) - 1) // T
-    starts = [(step * B + i) % n_windows * T for i in range(B)]
+    first = step * W + micro_step * B
+    starts = [i % n_windows * T for i in range(first, first + B)]
     windows = torch.stack([tokens[start : start + T + 1] for start in starts])  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
@@ -351,10 +357,26 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
+def check_batch(config: Config):
+    """SystemExit if the batch does not divide into sequences and micro-batches."""
+    sequences, rest = divmod(config.total_batch_size, config.block_size)
+    if rest or not sequences:
+        raise SystemExit(
+            f"--total_batch_size {config.total_batch_size} is no multiple of "
+            f"--block_size {config.block_size}: give one that is"
+        )
+    if sequences % config.micro_batch_size:
+        raise SystemExit(
+            f"--micro_batch_size {config.micro_batch_size} does not divide the {sequences} "
+            "sequences of a step: give one that does"
+        )
+
+
 # ---- the run -------------------------------------------------------------------------------------
 
 
 def main(config: Config):
+    check_batch(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
@@ -372,7 +394,7 @@ def main(config: Config):
 
     encoding = tiktoken.get_encoding("gpt2")
     tokens = load_tokens(encoding)
-    B, T = config.micro_batch_size, config.block_size
+    grad_accum_steps = config.total_batch_size // (config.micro_batch_size * config.block_size)
     optimizer = configure_optimizer(raw_model, config, device.type)
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
@@ -384,21 +406,26 @@ def main(config: Config):
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        x, y = (t.to(device) for t in get_batch(tokens, step, B, T))
-        optimizer.zero_grad()  # backward adds to the gradients that are there
-        with autocast:
-            _, loss = model(x, y)
-        scaler.scale(loss).backward()
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            x, y = (t.to(device) for t in get_batch(tokens, config, step, micro_step))
+            with autocast:
+                _, loss = model(x, y)
+            loss = loss / grad_accum_steps  # gradients add up: of means, so divide by their number
+            loss_sum += loss.detach()
+            scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
+        optimizer.zero_grad(set_to_none=True)
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()  # the clock waits for the GPU
         dt = time.perf_counter() - t0
         print(
-            f"step {step} | loss {loss.item():.4f} | lr {lr:.1e} | norm {norm.item():.2f} | "
-            f"{dt * 1000:.0f} ms | {B * T / dt:,.0f} tok/s" + (" | warm-up" if step == 0 else ""),
+            f"step {step} | loss {loss_sum.item():.4f} | lr {lr:.1e} | norm {norm.item():.2f} | "
+            f"{dt * 1000:.0f} ms | {config.total_batch_size / dt:,.0f} tok/s"
+            + (" | warm-up" if step == 0 else ""),
             flush=True,
         )
     for text in sample_texts(raw_model, encoding, "Hello, I'm a language model,", seed=42, n=2):

@@ -6,25 +6,38 @@ import pytest
 import tiktoken
 import torch
 
-from train_gpt2 import get_batch, load_tokens
+from train_gpt2 import Config, get_batch, load_tokens
+
+
+def config(**changes):
+    return Config(**{"block_size": 8, "micro_batch_size": 4, "total_batch_size": 32} | changes)
 
 
 def test_y_is_x_moved_by_one():
-    x, y = get_batch(torch.arange(100), step=0, B=4, T=8)
+    x, y = get_batch(torch.arange(100), config(), step=0, micro_step=0)
     assert x.tolist()[0] == [0, 1, 2, 3, 4, 5, 6, 7] and x.shape == (4, 8)
     assert torch.equal(x + 1, y)
 
 
 def test_steps_follow_the_text_and_start_over_at_its_end():
     tokens = torch.arange(83)  # 10 windows of 8 + 1, and 2 tokens that are never an input
-    starts = [get_batch(tokens, step, B=4, T=8)[0][:, 0].tolist() for step in range(5)]
+    starts = [get_batch(tokens, config(), step, 0)[0][:, 0].tolist() for step in range(5)]
     assert sum(starts, []) == [8 * (i % 10) for i in range(20)]
 
 
-def test_a_batch_depends_on_its_step_alone():
+@pytest.mark.parametrize("B", [1, 2, 3, 4, 6, 12])
+def test_micro_steps_share_out_the_windows_of_a_step(B):
+    tokens, whole = torch.arange(1000), config(micro_batch_size=12, total_batch_size=96)
+    parts = config(micro_batch_size=B, total_batch_size=96)
+    for step in range(12):
+        rows = [get_batch(tokens, parts, step, i)[0] for i in range(12 // B)]
+        assert torch.equal(torch.cat(rows), get_batch(tokens, whole, step, 0)[0])
+
+
+def test_a_batch_depends_on_its_arguments_alone():
     tokens = torch.arange(1000)
-    forwards = [get_batch(tokens, step, B=4, T=8) for step in range(40)]
-    backwards = [get_batch(tokens, step, B=4, T=8) for step in reversed(range(40))]
+    forwards = [get_batch(tokens, config(), step, 0) for step in range(40)]
+    backwards = [get_batch(tokens, config(), step, 0) for step in reversed(range(40))]
     for (x, y), (x2, y2) in zip(forwards, reversed(backwards), strict=True):
         assert torch.equal(x, x2) and torch.equal(y, y2)
 

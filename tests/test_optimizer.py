@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from train_gpt2 import GPT, Config, configure_optimizer, get_lr
+from train_gpt2 import GPT, Config, check_batch, configure_optimizer, get_lr
 
 
 def config(**changes):
@@ -22,6 +22,11 @@ def tiny(**changes):
 def schedule(**changes):
     """10 updates of warm-up, 100 of cosine, from 0.3 to 0.1."""
     return Config(**{"warmup_steps": 10, "max_steps": 110, "lr": 0.3, "min_lr": 0.1} | changes)
+
+
+def batch(n):
+    idx = torch.randint(65, (n, 17), generator=torch.Generator().manual_seed(2))
+    return idx[:, :-1], idx[:, 1:]
 
 
 def test_warm_up_is_linear_and_its_first_update_is_not_lost():
@@ -89,6 +94,16 @@ def test_updates_are_adamws_formula():
         np.testing.assert_allclose(w.detach().numpy(), expected, rtol=0, atol=1e-6)
 
 
+def test_four_micro_batches_give_the_gradients_of_one_large_batch():
+    x, y = batch(8)
+    whole, parts = tiny(), tiny()
+    whole(x, y)[1].backward()
+    for rows in torch.arange(8).split(2):
+        (parts(x[rows], y[rows])[1] / 4).backward()
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=0, atol=1e-6)
+
+
 def test_one_batch_is_learned_by_heart():
     torch.manual_seed(0)
     model = GPT(Config(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=65))
@@ -100,3 +115,16 @@ def test_one_batch_is_learned_by_heart():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5  # a guess has ln 65 = 4.2; the first token of a row is any of 65
+
+
+@pytest.mark.parametrize(
+    "batch, says",
+    [
+        ({"total_batch_size": 1000}, "total_batch_size 1000 is no multiple of --block_size 16"),
+        ({"total_batch_size": 160, "micro_batch_size": 4}, "does not divide the 10 sequences"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_told_in_one_line(batch, says):
+    with pytest.raises(SystemExit, match=says) as error:
+        check_batch(config(**batch))
+    assert "\n" not in str(error.value)
