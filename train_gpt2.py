@@ -2,6 +2,7 @@
 
     python train_gpt2.py                     # train from random weights
     python train_gpt2.py --lr 1e-3           # every field of Config is a flag: --help
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py
     python train_gpt2.py --init_from gpt2    # OpenAI's weights, or a folder of transformers'
 
 Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
@@ -9,6 +10,7 @@ Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 201
 
 import json
 import math
+import os
 import time
 import urllib.request
 from contextlib import nullcontext
@@ -333,17 +335,23 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 5) -> li
     return [encoding.decode(row) for row in idx.tolist()]
 
 
-# ---- devices -------------------------------------------------------------------------------------
+# ---- devices and ranks ---------------------------------------------------------------------------
 
 
-def resolve_device(name: str) -> torch.device:
-    """auto, cpu, cuda or mps to a device."""
+def print0(text: str):
+    """Print on the first rank only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, flush=True)
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """auto, cpu, cuda or mps to a device: with CUDA, to each rank of a machine its own."""
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not has_mps:
-        raise SystemExit(f"no {name} device here: give --device cpu")
-    return torch.device(name)
+    if name == "cuda" and local_rank >= torch.cuda.device_count() or name == "mps" and not has_mps:
+        raise SystemExit(f"no {name} device for rank {local_rank} here: give --device cpu")
+    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -377,18 +385,22 @@ def check_batch(config: Config):
 
 def main(config: Config):
     check_batch(config)
-    device = resolve_device(config.device)
+    rank = int(os.environ.get("RANK", 0))  # torchrun's variables
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = resolve_device(config.device, local_rank)
     dtype = resolve_dtype(config.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves float32
 
     torch.manual_seed(config.seed)
     raw_model = GPT.from_pretrained(config.init_from) if config.init_from else GPT(config)
     raw_model.to(device)
     n_params = sum(p.numel() for p in raw_model.parameters())
-    print(f"{n_params:,} parameters | {device}, {dtype}")
+    print0(f"{n_params:,} parameters | {device}, {dtype} | rank {rank} of {world_size}")
     # two handles: compiled for the training steps, bare for what comes in other shapes
     model = torch.compile(raw_model) if config.compile else raw_model
 
@@ -398,7 +410,7 @@ def main(config: Config):
     optimizer = configure_optimizer(raw_model, config, device.type)
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
-        print(
+        print0(
             f"{len(group['params'])} tensors, {count:,} parameters: decay {group['weight_decay']}"
         )
     for step in range(config.max_steps):
@@ -422,14 +434,13 @@ def main(config: Config):
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()  # the clock waits for the GPU
         dt = time.perf_counter() - t0
-        print(
+        print0(
             f"step {step} | loss {loss_sum.item():.4f} | lr {lr:.1e} | norm {norm.item():.2f} | "
             f"{dt * 1000:.0f} ms | {config.total_batch_size / dt:,.0f} tok/s"
-            + (" | warm-up" if step == 0 else ""),
-            flush=True,
+            + (" | warm-up" if step == 0 else "")
         )
     for text in sample_texts(raw_model, encoding, "Hello, I'm a language model,", seed=42, n=2):
-        print(f"> {text!r}")
+        print0(f"> {text!r}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from train_gpt2 import GPT, Config, resolve_device, resolve_dtype
+from train_gpt2 import GPT, Config, print0, resolve_device, resolve_dtype
 
 
 def test_autocast_keeps_parameters_gradients_and_loss_in_float32():
@@ -26,7 +26,22 @@ def test_auto_takes_what_the_device_has(monkeypatch):
         assert resolve_dtype("float32", gpu) == torch.float32
 
 
+def test_each_rank_of_a_machine_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert resolve_device("auto", local_rank=3) == torch.device("cuda", 3)
+    with pytest.raises(SystemExit, match="no cuda device for rank 4 here"):
+        resolve_device("auto", local_rank=4)
+
+
+def test_only_the_first_rank_prints(monkeypatch, capsys):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        print0(f"rank {rank}")
+    assert capsys.readouterr().out == "rank 0\n"
+
+
 def test_a_device_that_is_not_there_is_told(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no cuda device here"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="no cuda device for rank 0 here"):
         resolve_device("cuda")
