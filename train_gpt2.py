@@ -46,7 +46,7 @@ class Config:
     """probability; training for less than two epochs needs none"""
 
     total_batch_size: int = 2**19
-    """tokens an update: GPT-3's 0.5M, as a power of two"""
+    """tokens an update, over all ranks and micro-steps: GPT-3's 0.5M, as a power of two"""
     max_steps: int = 50
     """updates"""
     lr: float = 6e-4
@@ -280,17 +280,17 @@ def load_tokens(encoding) -> torch.Tensor:
     return torch.tensor(encoding.encode_ordinary(path.read_text(encoding="utf-8")))
 
 
-def get_batch(tokens: torch.Tensor, config: Config, step: int, micro_step: int):
-    """The batch x, y, both (B, T), of a micro-step: a function of its arguments.
+def get_batch(tokens, config: Config, step: int, micro_step: int, rank=0, world_size=1):
+    """The batch x, y, both (B, T), of a rank's micro-step: a function of its arguments.
 
     The tokens are cut into windows of T + 1, of which neighbours share one. Update `step` takes W
-    of them, from number step * W on, and starts over at the text's end; micro-steps share them
-    out. No position is kept, so none is lost.
+    of them, from number step * W on, and starts over at the text's end; micro-steps and ranks
+    share them out. No position is kept, so none is lost and none drifts.
     """
     B, T = config.micro_batch_size, config.block_size
     W = config.total_batch_size // T
     n_windows = (len(tokens) - 1) // T
-    first = step * W + micro_step * B
+    first = step * W + (micro_step * world_size + rank) * B
     starts = [i % n_windows * T for i in range(first, first + B)]
     windows = torch.stack([tokens[start : start + T + 1] for start in starts])  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
@@ -365,18 +365,18 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
-def check_batch(config: Config):
-    """SystemExit if the batch does not divide into sequences and micro-batches."""
-    sequences, rest = divmod(config.total_batch_size, config.block_size)
+def check_batch(config: Config, world_size: int):
+    """SystemExit if the batch does not divide into ranks, sequences and micro-batches."""
+    sequences, rest = divmod(config.total_batch_size, config.block_size * world_size)
     if rest or not sequences:
         raise SystemExit(
-            f"--total_batch_size {config.total_batch_size} is no multiple of "
+            f"--total_batch_size {config.total_batch_size} is no multiple of {world_size} ranks x "
             f"--block_size {config.block_size}: give one that is"
         )
     if sequences % config.micro_batch_size:
         raise SystemExit(
             f"--micro_batch_size {config.micro_batch_size} does not divide the {sequences} "
-            "sequences of a step: give one that does"
+            "sequences of a rank's step: give one that does"
         )
 
 
@@ -384,10 +384,10 @@ def check_batch(config: Config):
 
 
 def main(config: Config):
-    check_batch(config)
     rank = int(os.environ.get("RANK", 0))  # torchrun's variables
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
+    check_batch(config, world_size)
     device = resolve_device(config.device, local_rank)
     dtype = resolve_dtype(config.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
@@ -406,7 +406,8 @@ def main(config: Config):
 
     encoding = tiktoken.get_encoding("gpt2")
     tokens = load_tokens(encoding)
-    grad_accum_steps = config.total_batch_size // (config.micro_batch_size * config.block_size)
+    B, T = config.micro_batch_size, config.block_size
+    grad_accum_steps = config.total_batch_size // (B * T * world_size)
     optimizer = configure_optimizer(raw_model, config, device.type)
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
@@ -420,7 +421,8 @@ def main(config: Config):
             group["lr"] = lr
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            x, y = (t.to(device) for t in get_batch(tokens, config, step, micro_step))
+            batch = get_batch(tokens, config, step, micro_step, rank, world_size)
+            x, y = (t.to(device) for t in batch)
             with autocast:
                 _, loss = model(x, y)
             loss = loss / grad_accum_steps  # gradients add up: of means, so divide by their number

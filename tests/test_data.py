@@ -25,13 +25,20 @@ def test_steps_follow_the_text_and_start_over_at_its_end():
     assert sum(starts, []) == [8 * (i % 10) for i in range(20)]
 
 
-@pytest.mark.parametrize("B", [1, 2, 3, 4, 6, 12])
-def test_micro_steps_share_out_the_windows_of_a_step(B):
-    tokens, whole = torch.arange(1000), config(micro_batch_size=12, total_batch_size=96)
-    parts = config(micro_batch_size=B, total_batch_size=96)
-    for step in range(12):
-        rows = [get_batch(tokens, parts, step, i)[0] for i in range(12 // B)]
-        assert torch.equal(torch.cat(rows), get_batch(tokens, whole, step, 0)[0])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("B", [1, 2, 3])
+def test_ranks_and_micro_steps_share_out_the_windows_of_a_step(world_size, B):
+    # 144 windows a step from a text of 41: each step starts over somewhere within
+    tokens, W = torch.arange(8 * 41 + 1), 144
+    parts = config(micro_batch_size=B, total_batch_size=8 * W)
+    for step in range(5):
+        rows = [
+            get_batch(tokens, parts, step, micro_step, rank, world_size)[0]
+            for micro_step in range(W // (B * world_size))
+            for rank in range(world_size)
+        ]
+        first = [8 * (i % 41) for i in range(step * W, (step + 1) * W)]
+        assert sorted(torch.cat(rows)[:, 0].tolist()) == sorted(first)
 
 
 def test_a_batch_depends_on_its_arguments_alone():

@@ -120,11 +120,11 @@ def test_one_batch_is_learned_by_heart():
 @pytest.mark.parametrize(
     "batch, says",
     [
-        ({"total_batch_size": 1000}, "total_batch_size 1000 is no multiple of --block_size 16"),
+        ({"total_batch_size": 1000}, "1000 is no multiple of 1 ranks x --block_size 16"),
         ({"total_batch_size": 160, "micro_batch_size": 4}, "does not divide the 10 sequences"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_told_in_one_line(batch, says):
     with pytest.raises(SystemExit, match=says) as error:
-        check_batch(config(**batch))
+        check_batch(config(**batch), world_size=1)
     assert "\n" not in str(error.value)
