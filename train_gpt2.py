@@ -20,10 +20,12 @@ from typing import Literal
 
 import tiktoken
 import torch
+import torch.distributed as dist
 import tyro
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 # ---- hyperparameters: the part to tweak ----------------------------------------------------------
 
@@ -396,13 +398,18 @@ def main(config: Config):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves float32
 
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
     torch.manual_seed(config.seed)
     raw_model = GPT.from_pretrained(config.init_from) if config.init_from else GPT(config)
     raw_model.to(device)
     n_params = sum(p.numel() for p in raw_model.parameters())
     print0(f"{n_params:,} parameters | {device}, {dtype} | rank {rank} of {world_size}")
-    # two handles: compiled for the training steps, bare for what comes in other shapes
+    # two handles: raw_model for what comes in other shapes, model (compiled, wrapped) for the rest
     model = torch.compile(raw_model) if config.compile else raw_model
+    if world_size > 1:
+        model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
     encoding = tiktoken.get_encoding("gpt2")
     tokens = load_tokens(encoding)
@@ -423,13 +430,19 @@ def main(config: Config):
         for micro_step in range(grad_accum_steps):
             batch = get_batch(tokens, config, step, micro_step, rank, world_size)
             x, y = (t.to(device) for t in batch)
+            if world_size > 1:
+                # gradients meet once a step; the forward pass already prepares for it
+                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 _, loss = model(x, y)
             loss = loss / grad_accum_steps  # gradients add up: of means, so divide by their number
             loss_sum += loss.detach()
             scaler.scale(loss).backward()
+        if world_size > 1:
+            dist.all_reduce(loss_sum)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        loss = loss_sum.item() / world_size
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -437,12 +450,14 @@ def main(config: Config):
             getattr(torch, device.type).synchronize()  # the clock waits for the GPU
         dt = time.perf_counter() - t0
         print0(
-            f"step {step} | loss {loss_sum.item():.4f} | lr {lr:.1e} | norm {norm.item():.2f} | "
+            f"step {step} | loss {loss:.4f} | lr {lr:.1e} | norm {norm.item():.2f} | "
             f"{dt * 1000:.0f} ms | {config.total_batch_size / dt:,.0f} tok/s"
             + (" | warm-up" if step == 0 else "")
         )
     for text in sample_texts(raw_model, encoding, "Hello, I'm a language model,", seed=42, n=2):
         print0(f"> {text!r}")
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
