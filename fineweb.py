@@ -5,7 +5,7 @@
 
 A shard is a .npy file of uint16 tokens, one dimension. Every document begins with the end-of-text
 token; the stream's first tokens are held out for validation. manifest.json, written last,
-describes the shards.
+describes the shards. The trainer reads them by open_shards.
 
 FineWeb-Edu: Penedo et al. 2024, https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu
 """
@@ -243,6 +243,65 @@ def write_shards(
     # Last: a folder without it is not finished.
     write_file(out / "manifest.json", json.dumps(manifest, indent=2).encode())
     return manifest
+
+
+def open_shards(folder: str | Path, split: str, vocab_size: int) -> list[np.ndarray]:
+    """The shards of a split, "train" or "val", in order: each (n,) uint16, memory-mapped.
+
+    Reads .npy, and llm.c's .bin: 256 int32 of header, then the tokens. SystemExit, one line, if
+    they are not there, not whole, or have tokens beyond the vocabulary.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob(f"*_{split}_{'[0-9]' * 6}.*"))
+    files = [file for file in files if file.suffix in (".npy", ".bin")]
+    if not files:
+        raise SystemExit(
+            f"no {split} shards in {folder}/: `python fineweb.py` makes FineWeb-Edu's, "
+            f"`python fineweb.py FILE_OR_FOLDER --out {folder}` your own"
+        )
+    try:
+        manifest = folder / "manifest.json"  # llm.c's shards have none
+        manifest = json.loads(manifest.read_text()) if manifest.exists() else {"shards": []}
+        known = {f["file"]: (int(f["tokens"]), int(f["largest"])) for f in manifest["shards"]}
+        n_vocab = manifest.get("vocab_size", vocab_size)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SystemExit(f"{folder}/manifest.json is damaged ({error!r}): make it again") from None
+    if n_vocab != vocab_size:
+        raise SystemExit(f"{folder}/ has a vocabulary of {n_vocab}: give --vocab_size {n_vocab}")
+    missing = {name for name in known if f"_{split}_" in name[-17:]} - {f.name for f in files}
+    if missing:
+        raise SystemExit(f"{folder}/ lacks {min(missing)}, which manifest.json lists: copy it too")
+    shards = [open_shard(file) for file in files]
+    for file, shard in zip(files, shards, strict=True):
+        # no word of it: read it through, a minute for 10B tokens
+        n_tokens, largest = known.get(file.name) or (len(shard), int(shard.max(initial=0)))
+        if len(shard) != n_tokens:
+            raise SystemExit(
+                f"{file} has {len(shard)} tokens, manifest.json says {n_tokens}: "
+                "copy it or make it again"
+            )
+        if largest >= vocab_size:
+            raise SystemExit(
+                f"{file} has a token {largest}, beyond the vocabulary of {vocab_size}: "
+                "give the --vocab_size of its encoding"
+            )
+    return shards
+
+
+def open_shard(file: Path) -> np.ndarray:
+    """One shard's tokens; SystemExit names a file that holds none."""
+    try:
+        if file.suffix == ".bin":
+            magic, version, n_tokens = np.fromfile(file, dtype="<i4", count=3)
+            if (magic, version) != (20240520, 1):
+                raise ValueError("its header is not llm.c's")
+            return np.memmap(file, dtype="<u2", mode="r", offset=256 * 4, shape=(int(n_tokens),))
+        tokens = np.load(file, mmap_mode="r")
+        if tokens.dtype != np.uint16 or tokens.ndim != 1:
+            raise ValueError(f"it holds {tokens.dtype} of shape {tokens.shape}")
+        return tokens
+    except (OSError, ValueError, EOFError) as error:
+        raise SystemExit(f"{file} is no shard of uint16 tokens ({error}): make it again") from None
 
 
 def main(

@@ -1,6 +1,6 @@
 """Reproduce GPT-2 (124M).
 
-    python train_gpt2.py                     # train from random weights
+    python train_gpt2.py                     # train on the shards that fineweb.py makes
     python train_gpt2.py --lr 1e-3           # every field of Config is a flag: --help
     torchrun --standalone --nproc_per_node=8 train_gpt2.py
     python train_gpt2.py --init_from gpt2    # OpenAI's weights, or a folder of transformers'
@@ -8,17 +8,21 @@
 Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
 """
 
+import functools
+import itertools
 import json
 import math
 import os
 import time
-import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tiktoken
+import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
@@ -26,6 +30,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+
+import fineweb
 
 # ---- hyperparameters: the part to tweak ----------------------------------------------------------
 
@@ -43,7 +49,7 @@ class Config:
     block_size: int = 1024
     """positions: tokens of the longest context"""
     vocab_size: int = 50257
-    """tokens: 256 bytes, 50,000 merges, end-of-text"""
+    """tokens: 256 bytes, 50,000 merges, end-of-text; 257 means bytes and end-of-text alone"""
     dropout: float = 0.0
     """probability; training for less than two epochs needs none"""
 
@@ -65,9 +71,13 @@ class Config:
     """AdamW's memory of the squared gradient: shorter than the usual 0.999, as GPT-3's"""
     grad_clip: float = 1.0
     """largest norm of the gradient; 0 clips nothing"""
+    shuffle: bool = True
+    """take the windows in a seeded order, a new one each epoch; else in the stream's own order"""
     seed: int = 1337
-    """of the initialization"""
+    """of the initialization and the order of the data"""
 
+    data_dir: str = "edu_fineweb10B"
+    """folder of the token shards, as fineweb.py makes them"""
     micro_batch_size: int = 16
     """sequences in one forward pass: costs memory, never changes the losses"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -263,39 +273,73 @@ def download_gpt2(name: str) -> Path:
         raise SystemExit(f"{reason}: connect once, or name a folder with its {files}") from None
 
 
-# ---- data ----------------------------------------------------------------------------------------
-
-SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
+# ---- data: shards to batches ---------------------------------------------------------------------
 
 
-def load_tokens(encoding) -> torch.Tensor:
-    """Tiny Shakespeare's tokens, (n,) int64, from input.txt, which is downloaded when absent."""
-    path = Path("input.txt")
-    if not path.exists():
-        try:
-            with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
-                path.write_bytes(response.read())
-        except OSError as error:
-            raise SystemExit(f"no input.txt ({error}): put {SHAKESPEARE} there by hand") from None
-    return torch.tensor(encoding.encode_ordinary(path.read_text(encoding="utf-8")))
+class Windows:
+    """A split's tokens as numbered windows of block_size + 1 tokens; neighbours share one."""
+
+    def __init__(self, data_dir: str, split: str, block_size: int, vocab_size: int):
+        self.block_size = block_size
+        self.shards = fineweb.open_shards(data_dir, split, vocab_size)  # each (n,) uint16, on disk
+        # a window ends before its shard does: less than a window a shard is never read
+        self.ends = np.cumsum([max(0, len(shard) - 1) // block_size for shard in self.shards])
+        if not len(self):
+            raise SystemExit(
+                f"{data_dir} has too little {split} text for --block_size {block_size}"
+            )
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Window i: (block_size + 1,) uint16."""
+        k = int(np.searchsorted(self.ends, i, side="right"))  # its shard
+        start = (i - (int(self.ends[k - 1]) if k else 0)) * self.block_size
+        return self.shards[k][start : start + self.block_size + 1]
+
+    def stack(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows as a batch x, y, both (B, T) int64: y is x moved by one."""
+        tokens = np.stack([self[i] for i in indices]).astype(np.int64)  # (B, T + 1)
+        x, y = torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])
+        return x.contiguous(), y.contiguous()
 
 
-def get_batch(tokens, config: Config, step: int, micro_step: int, rank=0, world_size=1):
-    """The batch x, y, both (B, T), of a rank's micro-step: a function of its arguments.
+@functools.lru_cache(maxsize=2)  # one step may see the end of an epoch and the next one's start
+def epoch_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
+    """Each epoch's own order: a permutation of the windows' numbers, (n_windows,)."""
+    order = np.arange(n_windows, dtype=np.uint32)
+    np.random.default_rng((seed, epoch)).shuffle(order)
+    return order
 
-    The tokens are cut into windows of T + 1, of which neighbours share one. Update `step` takes W
-    of them, from number step * W on, and starts over at the text's end; micro-steps and ranks
-    share them out. No position is kept, so none is lost and none drifts.
+
+def get_batch(windows: Windows, config: Config, step: int, micro_step: int, rank=0, world_size=1):
+    """The batch x, y, both (B, T) int64, of a rank's micro-step: a function of its arguments.
+
+    Update `step` takes W windows, from number step * W of the epochs' orders laid end to end;
+    micro-steps and ranks share them out. No position is kept, so none is lost and none drifts.
     """
-    B, T = config.micro_batch_size, config.block_size
-    W = config.total_batch_size // T
-    n_windows = (len(tokens) - 1) // T
+    W = config.total_batch_size // config.block_size
+    B = config.micro_batch_size
     first = step * W + (micro_step * world_size + rank) * B
-    starts = [i % n_windows * T for i in range(first, first + B)]
-    windows = torch.stack([tokens[start : start + T + 1] for start in starts])  # (B, T + 1)
-    return windows[:, :-1], windows[:, 1:]
+    indices = []
+    for number in range(first, first + B):
+        epoch, i = divmod(number, len(windows))
+        if config.shuffle:
+            i = int(epoch_order(len(windows), config.seed, epoch)[i])
+        indices.append(i)
+    return windows.stack(indices)
+
+
+def prefetch(fetch: Callable, arguments: Iterable[tuple], ahead: int = 4) -> Iterator:
+    """fetch(*a) for each a in arguments, in order, by a thread that keeps `ahead` of its reader."""
+    arguments = iter(arguments)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        pending = deque(thread.submit(fetch, *a) for a in itertools.islice(arguments, ahead))
+        while pending:
+            batch = pending.popleft().result()
+            pending.extend(thread.submit(fetch, *a) for a in itertools.islice(arguments, 1))
+            yield batch
 
 
 # ---- optimizer and schedule ----------------------------------------------------------------------
@@ -385,6 +429,11 @@ def check_batch(config: Config, world_size: int):
 # ---- the run -------------------------------------------------------------------------------------
 
 
+def encoding_of(vocab_size: int):
+    """The encoding that a vocabulary belongs to."""
+    return fineweb.get_encoding("bytes" if vocab_size == 257 else "gpt2")
+
+
 def main(config: Config):
     rank = int(os.environ.get("RANK", 0))  # torchrun's variables
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -411,8 +460,8 @@ def main(config: Config):
     if world_size > 1:
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
-    encoding = tiktoken.get_encoding("gpt2")
-    tokens = load_tokens(encoding)
+    encoding = encoding_of(config.vocab_size)
+    windows = Windows(config.data_dir, "train", config.block_size, config.vocab_size)
     B, T = config.micro_batch_size, config.block_size
     grad_accum_steps = config.total_batch_size // (B * T * world_size)
     optimizer = configure_optimizer(raw_model, config, device.type)
@@ -421,6 +470,13 @@ def main(config: Config):
         print0(
             f"{len(group['params'])} tensors, {count:,} parameters: decay {group['weight_decay']}"
         )
+
+    def fetch(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = get_batch(windows, config, step, micro_step, rank, world_size)
+        # out of pinned memory a GPU copies while it computes
+        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+    batches = prefetch(fetch, itertools.product(range(config.max_steps), range(grad_accum_steps)))
     for step in range(config.max_steps):
         t0 = time.perf_counter()
         lr = get_lr(step, config)
@@ -428,8 +484,7 @@ def main(config: Config):
             group["lr"] = lr
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            batch = get_batch(tokens, config, step, micro_step, rank, world_size)
-            x, y = (t.to(device) for t in batch)
+            x, y = (t.to(device, non_blocking=True) for t in next(batches))
             if world_size > 1:
                 # gradients meet once a step; the forward pass already prepares for it
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
