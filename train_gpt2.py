@@ -1,11 +1,12 @@
-"""Reproduce GPT-2 (124M).
+"""Reproduce GPT-2 (124M): from a folder of tokens to a trained model, in one file.
 
     python train_gpt2.py                     # train on the shards that fineweb.py makes
     python train_gpt2.py --lr 1e-3           # every field of Config is a flag: --help
     torchrun --standalone --nproc_per_node=8 train_gpt2.py
     python train_gpt2.py --init_from gpt2    # OpenAI's weights, or a folder of transformers'
 
-Paper: "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019).
+Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
+the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
 """
 
 import functools
@@ -13,12 +14,13 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,18 +76,20 @@ class Config:
     shuffle: bool = True
     """take the windows in a seeded order, a new one each epoch; else in the stream's own order"""
     seed: int = 1337
-    """of the initialization and the order of the data"""
+    """of initialization, order of the data, dropout and samples"""
 
+    # nothing below changes the losses
     data_dir: str = "edu_fineweb10B"
     """folder of the token shards, as fineweb.py makes them"""
-    micro_batch_size: int = 16
-    """sequences in one forward pass: costs memory, never changes the losses"""
+    micro_batch_size: int = 0
+    """sequences in one forward pass: costs memory; 0: 64 on a GPU of 80 GB, 16 on others, else 4"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """of matrix products; auto: on CUDA bfloat16, or float16 on a GPU without it, else float32"""
     compile: bool = True
     """torch.compile: a minute at the start, much faster steps"""
+
     init_from: str = ""
     """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"""
 
@@ -223,8 +227,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":
-        """A GPT-2 from a folder with config.json and model.safetensors, as transformers writes it,
-        or OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl from the hub.
+        """A GPT-2 from a folder with config.json and model.safetensors, as transformers writes
+        it, or OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl from the hub.
         SystemExit, one line, if that is no GPT-2."""
         folder = Path(source) if Path(source).is_dir() else download_gpt2(str(source))
         try:
@@ -369,11 +373,14 @@ def configure_optimizer(model: nn.Module, config: Config, device_type: str) -> t
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
+SAMPLE_PROMPT = "Hello, I'm a language model,"
 
-def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 5) -> list[str]:
+
+def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> list[str]:
     """n continuations of the prompt by 32 tokens, each among the 50 likeliest; a seed, a text."""
     device = model.lm_head.weight.device
-    idx = torch.tensor(encoding.encode_ordinary(prompt), device=device).repeat(n, 1)  # (n, T)
+    tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]
+    idx = torch.tensor(tokens, device=device).repeat(n, 1)  # (n, T)
     generator = torch.Generator(device).manual_seed(seed)
     model.eval()
     idx = model.generate(idx, max_new_tokens=32, top_k=50, generator=generator)  # (n, T + 32)
@@ -411,19 +418,23 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
-def check_batch(config: Config, world_size: int):
-    """SystemExit if the batch does not divide into ranks, sequences and micro-batches."""
+def resolve_micro_batch_size(config: Config, device: torch.device, world_size: int) -> int:
+    """Sequences of a forward pass. SystemExit if the batch does not divide."""
     sequences, rest = divmod(config.total_batch_size, config.block_size * world_size)
     if rest or not sequences:
         raise SystemExit(
             f"--total_batch_size {config.total_batch_size} is no multiple of {world_size} ranks x "
             f"--block_size {config.block_size}: give one that is"
         )
-    if sequences % config.micro_batch_size:
+    if sequences % (config.micro_batch_size or 1):
         raise SystemExit(
             f"--micro_batch_size {config.micro_batch_size} does not divide the {sequences} "
             "sequences of a rank's step: give one that does"
         )
+    largest = 4
+    if device.type == "cuda":
+        largest = 64 if torch.cuda.get_device_properties(device).total_memory > 75e9 else 16
+    return config.micro_batch_size or math.gcd(sequences, largest)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -434,50 +445,83 @@ def encoding_of(vocab_size: int):
     return fineweb.get_encoding("bytes" if vocab_size == 257 else "gpt2")
 
 
+def check_config(config: Config):
+    """SystemExit naming the first hyperparameter that makes no sense."""
+    for name, value in asdict(config).items():
+        least = 1 if name.startswith(("n_", "block", "vocab", "total", "max_steps")) else 0
+        below = 1.0 if name in ("dropout", "beta1", "beta2") else math.inf
+        if isinstance(value, int | float) and not least <= value < below:
+            raise SystemExit(f"--{name} {value}: give {least} or more, and less than {below}")
+    if config.n_embd % config.n_head:
+        raise SystemExit(f"--n_embd {config.n_embd} does not divide into --n_head {config.n_head}")
+
+
+def prepare(config: Config):
+    """All that a run starts from: configuration, model (on the CPU), windows, encoding.
+    Whatever is wrong with them is said here, before the first step."""
+    torch.manual_seed(config.seed)
+    source, dropout = config.init_from, config.dropout
+    model = GPT.from_pretrained(source, dropout) if source else GPT(config)
+    if config.init_from:  # the network is that of the weights, whatever the preset's
+        names = ("n_layer", "n_head", "n_embd", "vocab_size")
+        config = replace(config, **{name: getattr(model.config, name) for name in names})
+    n_positions = model.config.block_size
+    if config.block_size > n_positions:
+        raise SystemExit(f"--block_size {config.block_size} is beyond {n_positions} positions")
+
+    windows = Windows(config.data_dir, "train", config.block_size, config.vocab_size)
+    encoding = encoding_of(config.vocab_size)
+    return config, model, windows, encoding
+
+
 def main(config: Config):
+    """Train as the configuration says. SystemExit, one line, for what its user can mend."""
+    check_config(config)
     rank = int(os.environ.get("RANK", 0))  # torchrun's variables
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    check_batch(config, world_size)
     device = resolve_device(config.device, local_rank)
     dtype = resolve_dtype(config.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    B, T = resolve_micro_batch_size(config, device, world_size), config.block_size
+    config = replace(config, micro_batch_size=B)
+    grad_accum_steps = config.total_batch_size // (B * T * world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves float32
-
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    torch.manual_seed(config.seed)
-    raw_model = GPT.from_pretrained(config.init_from) if config.init_from else GPT(config)
-    raw_model.to(device)
+    # rank 0 goes first: it fetches what is missing, and says once what is wrong
+    prepared = prepare(config) if rank == 0 else None
+    if world_size > 1:
+        dist.barrier()
+    config, raw_model, windows, encoding = prepared or prepare(config)
     n_params = sum(p.numel() for p in raw_model.parameters())
-    print0(f"{n_params:,} parameters | {device}, {dtype} | rank {rank} of {world_size}")
+    print0(
+        f"{n_params:,} parameters | {device}, {dtype} | "
+        f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
+    )
+
     # two handles: raw_model for what comes in other shapes, model (compiled, wrapped) for the rest
+    raw_model.to(device)
     model = torch.compile(raw_model) if config.compile else raw_model
     if world_size > 1:
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-
-    encoding = encoding_of(config.vocab_size)
-    windows = Windows(config.data_dir, "train", config.block_size, config.vocab_size)
-    B, T = config.micro_batch_size, config.block_size
-    grad_accum_steps = config.total_batch_size // (B * T * world_size)
     optimizer = configure_optimizer(raw_model, config, device.type)
-    for group in optimizer.param_groups:
-        count = sum(p.numel() for p in group["params"])
-        print0(
-            f"{len(group['params'])} tensors, {count:,} parameters: decay {group['weight_decay']}"
-        )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def fetch(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = get_batch(windows, config, step, micro_step, rank, world_size)
         # out of pinned memory a GPU copies while it computes
         return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
 
-    batches = prefetch(fetch, itertools.product(range(config.max_steps), range(grad_accum_steps)))
+    micro_steps = itertools.product(range(config.max_steps), range(grad_accum_steps))
+    batches = prefetch(fetch, micro_steps)
     for step in range(config.max_steps):
+        name = f"step {step}/{config.max_steps}"
+
+        # one step of training, and nothing else, between t0 and dt
         t0 = time.perf_counter()
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
@@ -496,7 +540,7 @@ def main(config: Config):
         if world_size > 1:
             dist.all_reduce(loss_sum)
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf).item()
         loss = loss_sum.item() / world_size
         scaler.step(optimizer)
         scaler.update()
@@ -504,16 +548,20 @@ def main(config: Config):
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()  # the clock waits for the GPU
         dt = time.perf_counter() - t0
+
         print0(
-            f"step {step} | loss {loss:.4f} | lr {lr:.1e} | norm {norm.item():.2f} | "
-            f"{dt * 1000:.0f} ms | {config.total_batch_size / dt:,.0f} tok/s"
-            + (" | warm-up" if step == 0 else "")
+            f"{name} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {dt * 1000:.0f} ms | "
+            f"{config.total_batch_size / dt:,.0f} tok/s"
         )
-    for text in sample_texts(raw_model, encoding, "Hello, I'm a language model,", seed=42, n=2):
+
+    for text in sample_texts(raw_model, encoding, SAMPLE_PROMPT, seed=42):
         print0(f"> {text!r}")
     if world_size > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description="Train GPT-2.", use_underscores=True))
+    try:
+        main(tyro.cli(Config, description="Train GPT-2.", use_underscores=True))
+    except torch.OutOfMemoryError:
+        sys.exit("out of GPU memory: halve --micro_batch_size, which leaves the losses the same")

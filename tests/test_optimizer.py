@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from train_gpt2 import GPT, Config, check_batch, configure_optimizer, get_lr
+from train_gpt2 import GPT, Config, configure_optimizer, get_lr, resolve_micro_batch_size
 
 
 def config(**changes):
@@ -126,5 +126,11 @@ def test_one_batch_is_learned_by_heart():
 )
 def test_a_batch_that_does_not_divide_is_told_in_one_line(batch, says):
     with pytest.raises(SystemExit, match=says) as error:
-        check_batch(config(**batch), world_size=1)
+        resolve_micro_batch_size(config(**batch), torch.device("cpu"), world_size=1)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sequences, chosen", [(512, 4), (6, 2), (7, 1)])
+def test_a_micro_batch_of_0_is_chosen_to_divide(sequences, chosen):
+    settings = config(total_batch_size=16 * sequences, micro_batch_size=0)
+    assert resolve_micro_batch_size(settings, torch.device("cpu"), world_size=1) == chosen

@@ -27,7 +27,7 @@ def losses(folder, n_ranks):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return [float(loss) for loss in re.findall(r"^step \d+ \| loss (\S+)", done.stdout, re.M)]
+    return [float(loss) for loss in re.findall(r"^step \d+/\d+ \| loss (\S+)", done.stdout, re.M)]
 
 
 def test_two_processes_equal_one(tmp_path):
