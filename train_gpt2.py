@@ -1,9 +1,10 @@
 """Reproduce GPT-2 (124M): from a folder of tokens to a trained model, in one file.
 
-    python train_gpt2.py                     # train on the shards that fineweb.py makes
-    python train_gpt2.py --lr 1e-3           # every field of Config is a flag: --help
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py
-    python train_gpt2.py --init_from gpt2    # OpenAI's weights, or a folder of transformers'
+    python train_gpt2.py                     # the 124M run, on the shards that fineweb.py makes
+    python train_gpt2.py gpt2 --lr 1e-3      # every field of Config is a flag
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        train_gpt2.py gpt2
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
@@ -42,6 +43,8 @@ import fineweb
 class Config:
     """Every hyperparameter of a run, with its unit and reason. The defaults are GPT-2 124M's."""
 
+    preset: tyro.conf.Suppress[str] = "gpt2"
+    """names the run's folder"""
     n_layer: int = 12
     """blocks"""
     n_head: int = 12
@@ -57,14 +60,14 @@ class Config:
 
     total_batch_size: int = 2**19
     """tokens an update, over all ranks and micro-steps: GPT-3's 0.5M, as a power of two"""
-    max_steps: int = 50
-    """updates"""
+    max_steps: int = 19_073
+    """updates: 10B tokens / 2**19"""
     lr: float = 6e-4
     """peak learning rate (GPT-3, table 2.1)"""
     min_lr: float = 6e-5
     """learning rate at the end: a tenth of the peak"""
-    warmup_steps: int = 10
-    """updates of linear warm-up"""
+    warmup_steps: int = 715
+    """updates of linear warm-up: GPT-3's 375M tokens / 2**19"""
     weight_decay: float = 0.1
     """AdamW's, on matrices only"""
     beta1: float = 0.9
@@ -92,6 +95,21 @@ class Config:
 
     init_from: str = ""
     """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"""
+
+
+# too small for torch.compile to earn back its minute on a CPU
+_SMALL = Config(n_layer=4, n_head=4, n_embd=128, vocab_size=257, compile=False)
+PRESETS = {
+    # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
+    "gpt2": Config(),
+    "gpt2-medium": Config(n_layer=24, n_head=16, n_embd=1024, lr=3e-4, min_lr=3e-5),
+    "gpt2-large": Config(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4, min_lr=2.5e-5),
+    "gpt2-xl": Config(n_layer=48, n_head=25, n_embd=1600, lr=2e-4, min_lr=2e-5),
+    "shakespeare_char": replace(
+        _SMALL, data_dir="shakespeare_char", block_size=64, max_steps=1600,
+        total_batch_size=12 * 64, micro_batch_size=12, lr=4e-3, min_lr=0.0, warmup_steps=50,
+    ),
+}  # fmt: skip
 
 
 # ---- model ---------------------------------------------------------------------------------------
@@ -560,8 +578,21 @@ def main(config: Config):
         dist.destroy_process_group()
 
 
+def parse_arguments(arguments: list[str]) -> Config:
+    """`[PRESET] [--field value]...` to a Config; without a preset, gpt2."""
+    name, flags = "gpt2", arguments
+    if arguments and not arguments[0].startswith("-"):
+        name, *flags = arguments
+    if name not in PRESETS:
+        raise SystemExit(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    default = replace(PRESETS[name], preset=name)
+    description = f"Train GPT-2. Presets, to give as the first word: {', '.join(PRESETS)}."
+    return tyro.cli(Config, args=flags, default=default, description=description,
+                    prog=f"train_gpt2.py {name}", use_underscores=True)  # fmt: skip
+
+
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config, description="Train GPT-2.", use_underscores=True))
+        main(parse_arguments(sys.argv[1:]))
     except torch.OutOfMemoryError:
         sys.exit("out of GPU memory: halve --micro_batch_size, which leaves the losses the same")

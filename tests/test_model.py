@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from train_gpt2 import GPT, Block, CausalSelfAttention, Config
+from train_gpt2 import GPT, PRESETS, Block, CausalSelfAttention, Config
 
 
 def test_attention_is_causal():
@@ -29,11 +29,18 @@ def test_block_adds_its_branches_to_the_stream():
     assert torch.equal(block(x), x)  # branches that say nothing leave the stream as it is
 
 
-def test_gpt2_has_124_million_parameters():
-    with torch.device("meta"):  # shapes without memory
-        model = GPT(Config())
-    padding = (50304 - 50257) * 768
-    assert sum(p.numel() for p in model.parameters()) - padding == 124_439_808
+def test_the_presets_have_openais_numbers_of_parameters():
+    sizes = {
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+        "gpt2-xl": 1_557_611_200,
+    }
+    for name, size in sizes.items():
+        with torch.device("meta"):  # shapes without memory
+            model = GPT(PRESETS[name])
+        padding = (50304 - 50257) * PRESETS[name].n_embd
+        assert sum(p.numel() for p in model.parameters()) - padding == size
 
 
 def test_embedding_and_head_are_one_matrix_and_learn_as_one():
