@@ -92,6 +92,10 @@ class Config:
     """of matrix products; auto: on CUDA bfloat16, or float16 on a GPU without it, else float32"""
     compile: bool = True
     """torch.compile: a minute at the start, much faster steps"""
+    val_interval: int = 250
+    """updates between validations; 0: none, as for all intervals"""
+    val_tokens: int = 20 * 2**19
+    """tokens of a validation: the same for any number of GPUs"""
 
     init_from: str = ""
     """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"""
@@ -108,6 +112,7 @@ PRESETS = {
     "shakespeare_char": replace(
         _SMALL, data_dir="shakespeare_char", block_size=64, max_steps=1600,
         total_batch_size=12 * 64, micro_batch_size=12, lr=4e-3, min_lr=0.0, warmup_steps=50,
+        val_tokens=100_000,
     ),
 }  # fmt: skip
 
@@ -394,6 +399,32 @@ def configure_optimizer(model: nn.Module, config: Config, device_type: str) -> t
 SAMPLE_PROMPT = "Hello, I'm a language model,"
 
 
+def sum_over_ranks(*values: float, device: torch.device) -> list[float]:
+    """Each value summed over all ranks."""
+    where = device if device.type == "cuda" else "cpu"  # what nccl reaches, and what gloo
+    totals = torch.tensor(values, dtype=torch.float64, device=where)
+    if dist.is_initialized():
+        dist.all_reduce(totals)
+    return totals.tolist()
+
+
+@torch.no_grad()
+def validation_loss(model, raw_model: GPT, windows: Windows, config: Config, rank=0, world_size=1):
+    """Mean cross-entropy in nats of the split's first val_tokens tokens; ranks share them out."""
+    device, B = raw_model.lm_head.weight.device, config.micro_batch_size
+    n_windows = max(1, min(config.val_tokens // config.block_size, len(windows)))
+    mine = range(rank, n_windows, world_size)
+    total = 0.0
+    raw_model.eval()
+    for i in range(0, len(mine), B):
+        x, y = windows.stack(mine[i : i + B])
+        whole = len(x) == B  # another shape would be compiled anew
+        _, loss = (model if whole else raw_model)(x.to(device), y.to(device))
+        total += loss.item() * len(x)
+    raw_model.train()
+    return sum_over_ranks(total, device=device)[0] / n_windows
+
+
 def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> list[str]:
     """n continuations of the prompt by 32 tokens, each among the 50 likeliest; a seed, a text."""
     device = model.lm_head.weight.device
@@ -487,7 +518,8 @@ def prepare(config: Config):
     if config.block_size > n_positions:
         raise SystemExit(f"--block_size {config.block_size} is beyond {n_positions} positions")
 
-    windows = Windows(config.data_dir, "train", config.block_size, config.vocab_size)
+    splits = ("train", "val") if config.val_interval else ("train",)
+    windows = {s: Windows(config.data_dir, s, config.block_size, config.vocab_size) for s in splits}
     encoding = encoding_of(config.vocab_size)
     return config, model, windows, encoding
 
@@ -530,14 +562,24 @@ def main(config: Config):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def fetch(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = get_batch(windows, config, step, micro_step, rank, world_size)
+        x, y = get_batch(windows["train"], config, step, micro_step, rank, world_size)
         # out of pinned memory a GPU copies while it computes
         return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
 
+    def is_due(interval: int, step: int) -> bool:
+        return interval > 0 and (step % interval == 0 or step == config.max_steps)
+
     micro_steps = itertools.product(range(config.max_steps), range(grad_accum_steps))
     batches = prefetch(fetch, micro_steps)
-    for step in range(config.max_steps):
+    for step in range(config.max_steps + 1):
         name = f"step {step}/{config.max_steps}"
+
+        if is_due(config.val_interval, step):
+            with autocast:
+                loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size)
+            print0(f"{name} | val {loss:.4f}")
+        if step == config.max_steps:
+            break
 
         # one step of training, and nothing else, between t0 and dt
         t0 = time.perf_counter()

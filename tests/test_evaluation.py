@@ -1,0 +1,47 @@
+"""Validation: the same tokens for any number of GPUs, and all of them once."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fineweb import write_shards
+from train_gpt2 import GPT, Config, Windows, validation_loss
+
+CONFIG = Config(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=257, val_tokens=16 * 21)
+
+
+def val_windows(folder):
+    documents = (f"{i * i} apples and {i} pears, {i % 7} of them ripe." for i in range(200))
+    write_shards(documents, folder, "bytes", val_tokens=1000, workers=1)
+    return Windows(folder, "val", CONFIG.block_size, CONFIG.vocab_size)
+
+
+@pytest.mark.parametrize("B", [1, 4, 21, 64])  # 21 windows: ragged last batches, and a lone one
+def test_validation_is_the_mean_over_its_tokens(tmp_path, B):
+    torch.manual_seed(0)
+    windows, model = val_windows(tmp_path), GPT(CONFIG)
+    config = Config(**{**vars(CONFIG), "micro_batch_size": B})
+    losses = []
+    for i in range(21):
+        tokens = torch.from_numpy(windows[i].astype("int64"))
+        logits, _ = model(tokens[None, :-1])
+        losses.append(F.cross_entropy(logits[0], tokens[1:]).item())
+    assert math.isclose(
+        validation_loss(model, model, windows, config), sum(losses) / 21, rel_tol=1e-5
+    )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_ranks_share_out_the_same_tokens(tmp_path, world_size):
+    torch.manual_seed(0)
+    windows, model = val_windows(tmp_path), GPT(CONFIG)
+    config = Config(**{**vars(CONFIG), "micro_batch_size": 4})
+    whole = validation_loss(model, model, windows, config)
+    # without a process group nothing is summed: each rank's part of the mean
+    parts = [
+        validation_loss(model, model, windows, config, rank, world_size)
+        for rank in range(world_size)
+    ]
+    assert math.isclose(sum(parts), whole, rel_tol=1e-6)
