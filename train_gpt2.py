@@ -96,6 +96,8 @@ class Config:
     """updates between validations; 0: none, as for all intervals"""
     val_tokens: int = 20 * 2**19
     """tokens of a validation: the same for any number of GPUs"""
+    sample_interval: int = 250
+    """updates between samples"""
 
     init_from: str = ""
     """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"""
@@ -520,7 +522,7 @@ def prepare(config: Config):
 
     splits = ("train", "val") if config.val_interval else ("train",)
     windows = {s: Windows(config.data_dir, s, config.block_size, config.vocab_size) for s in splits}
-    encoding = encoding_of(config.vocab_size)
+    encoding = encoding_of(config.vocab_size) if config.sample_interval else None
     return config, model, windows, encoding
 
 
@@ -578,6 +580,10 @@ def main(config: Config):
             with autocast:
                 loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size)
             print0(f"{name} | val {loss:.4f}")
+        if is_due(config.sample_interval, step) and rank == 0:
+            with autocast:
+                texts = sample_texts(raw_model, encoding, SAMPLE_PROMPT, config.seed)
+            print0("\n".join(f"{name} | sample {text!r}" for text in texts))
         if step == config.max_steps:
             break
 
@@ -614,8 +620,6 @@ def main(config: Config):
             f"{config.total_batch_size / dt:,.0f} tok/s"
         )
 
-    for text in sample_texts(raw_model, encoding, SAMPLE_PROMPT, seed=42):
-        print0(f"> {text!r}")
     if world_size > 1:
         dist.destroy_process_group()
 
