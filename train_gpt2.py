@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
+import hellaswag
 
 # ---- hyperparameters: the part to tweak ----------------------------------------------------------
 
@@ -96,6 +97,8 @@ class Config:
     """updates between validations; 0: none, as for all intervals"""
     val_tokens: int = 20 * 2**19
     """tokens of a validation: the same for any number of GPUs"""
+    hellaswag_interval: int = 250
+    """updates between HellaSwag evaluations"""
     sample_interval: int = 250
     """updates between samples"""
 
@@ -114,7 +117,7 @@ PRESETS = {
     "shakespeare_char": replace(
         _SMALL, data_dir="shakespeare_char", block_size=64, max_steps=1600,
         total_batch_size=12 * 64, micro_batch_size=12, lr=4e-3, min_lr=0.0, warmup_steps=50,
-        val_tokens=100_000,
+        val_tokens=100_000, hellaswag_interval=0,
     ),
 }  # fmt: skip
 
@@ -508,8 +511,8 @@ def check_config(config: Config):
 
 
 def prepare(config: Config):
-    """All that a run starts from: configuration, model (on the CPU), windows, encoding.
-    Whatever is wrong with them is said here, before the first step."""
+    """All that a run starts from: configuration, model (on the CPU), windows, encoding, HellaSwag's
+    examples. Whatever is wrong with them is said here, before the first step."""
     torch.manual_seed(config.seed)
     source, dropout = config.init_from, config.dropout
     model = GPT.from_pretrained(source, dropout) if source else GPT(config)
@@ -522,8 +525,13 @@ def prepare(config: Config):
 
     splits = ("train", "val") if config.val_interval else ("train",)
     windows = {s: Windows(config.data_dir, s, config.block_size, config.vocab_size) for s in splits}
-    encoding = encoding_of(config.vocab_size) if config.sample_interval else None
-    return config, model, windows, encoding
+    encoding = examples = None
+    if config.hellaswag_interval or config.sample_interval:
+        encoding = encoding_of(config.vocab_size)
+    if config.hellaswag_interval:
+        own = Path(config.data_dir) / "hellaswag_val.jsonl"  # questions about the corpus itself
+        examples = hellaswag.load(own if own.exists() else hellaswag.PATH)
+    return config, model, windows, encoding, examples
 
 
 def main(config: Config):
@@ -548,7 +556,7 @@ def main(config: Config):
     prepared = prepare(config) if rank == 0 else None
     if world_size > 1:
         dist.barrier()
-    config, raw_model, windows, encoding = prepared or prepare(config)
+    config, raw_model, windows, encoding, examples = prepared or prepare(config)
     n_params = sum(p.numel() for p in raw_model.parameters())
     print0(
         f"{n_params:,} parameters | {device}, {dtype} | "
@@ -580,6 +588,11 @@ def main(config: Config):
             with autocast:
                 loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size)
             print0(f"{name} | val {loss:.4f}")
+        if is_due(config.hellaswag_interval, step):
+            counts = hellaswag.evaluate(raw_model, examples, encoding, T, device, rank=rank,
+                                        world_size=world_size, autocast=autocast)  # fmt: skip
+            counts = hellaswag.Counts(*sum_over_ranks(*counts, device=device))
+            print0(f"{name} | hella {counts.acc_norm:.4f}")
         if is_due(config.sample_interval, step) and rank == 0:
             with autocast:
                 texts = sample_texts(raw_model, encoding, SAMPLE_PROMPT, config.seed)

@@ -1,13 +1,15 @@
 """Validation: the same tokens for any number of GPUs, and all of them once."""
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fineweb import write_shards
-from train_gpt2 import GPT, Config, Windows, validation_loss
+from train_gpt2 import GPT, Config, Windows, main, validation_loss
 
 CONFIG = Config(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=257, val_tokens=16 * 21)
 
@@ -22,7 +24,7 @@ def val_windows(folder):
 def test_validation_is_the_mean_over_its_tokens(tmp_path, B):
     torch.manual_seed(0)
     windows, model = val_windows(tmp_path), GPT(CONFIG)
-    config = Config(**{**vars(CONFIG), "micro_batch_size": B})
+    config = replace(CONFIG, micro_batch_size=B)
     losses = []
     for i in range(21):
         tokens = torch.from_numpy(windows[i].astype("int64"))
@@ -37,7 +39,7 @@ def test_validation_is_the_mean_over_its_tokens(tmp_path, B):
 def test_ranks_share_out_the_same_tokens(tmp_path, world_size):
     torch.manual_seed(0)
     windows, model = val_windows(tmp_path), GPT(CONFIG)
-    config = Config(**{**vars(CONFIG), "micro_batch_size": 4})
+    config = replace(CONFIG, micro_batch_size=4)
     whole = validation_loss(model, model, windows, config)
     # without a process group nothing is summed: each rank's part of the mean
     parts = [
@@ -45,3 +47,16 @@ def test_ranks_share_out_the_same_tokens(tmp_path, world_size):
         for rank in range(world_size)
     ]
     assert math.isclose(sum(parts), whole, rel_tol=1e-6)
+
+
+def test_hellaswag_in_a_run_counts_every_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    val_windows("data")
+    example = {"ctx": "12 pears,", "endings": ["5 of them", "xyz", "#!", "so"], "label": 0}
+    lines = (json.dumps(example | {"label": i % 4}) + "\n" for i in range(8))
+    (tmp_path / "data" / "hellaswag_val.jsonl").write_text("".join(lines))
+    settings = {"data_dir": "data", "device": "cpu", "compile": False, "max_steps": 2}
+    settings |= {"total_batch_size": 64, "val_interval": 0, "sample_interval": 0}
+    main(replace(CONFIG, **settings))
+    # whatever a model of bytes prefers, it is right for two of the eight labels
+    assert capsys.readouterr().out.count("| hella 0.2500") == 2  # before and after

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --total_batch_size 256 "
     "--micro_batch_size 4 --max_steps 20 --warmup_steps 2 --lr 0.01 --device cpu --no-compile "
-    "--vocab_size 257 --data_dir data"
+    "--vocab_size 257 --data_dir data --hellaswag_interval 0"
 ).split()
 
 
