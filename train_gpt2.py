@@ -104,6 +104,8 @@ class Config:
 
     init_from: str = ""
     """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"""
+    out_dir: str = ""
+    """the run's folder; empty: the next free log/PRESET-NNN"""
 
 
 # too small for torch.compile to earn back its minute on a CPU
@@ -442,6 +444,51 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> li
     return [encoding.decode(row) for row in idx.tolist()]
 
 
+# ---- a run's folder ------------------------------------------------------------------------------
+
+
+def choose_run(config: Config) -> Path:
+    """--out_dir, or the next free log/PRESET-NNN. SystemExit if that holds a run."""
+    if config.out_dir:
+        folder = Path(config.out_dir)
+        if [*folder.glob("config.json"), *folder.glob("log.txt")]:
+            raise SystemExit(f"{folder} holds a run: give another --out_dir")
+        return folder
+    runs = sorted(Path("log").glob(f"{config.preset}-[0-9][0-9][0-9]"))
+    return Path(f"log/{config.preset}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
+
+
+def start_folder(folder: Path, config: Config):
+    """Make the folder, with config.json. SystemExit if that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    except OSError as error:
+        raise SystemExit(f"cannot write to {folder} ({error}): give another --out_dir") from None
+
+
+class RunLog:
+    """log.txt, a line `step stream value` for each number."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "log.txt"
+
+    def write(self, step: int, stream: str, value: float):
+        with open(self.path, "a") as file:
+            file.write(f"{step} {stream} {value:.6f}\n")
+
+
+def read_log(folder: str | Path) -> dict[str, tuple[list[int], list[float]]]:
+    """A run's log.txt as {stream: (steps, values)}."""
+    streams = {}
+    for line in (Path(folder) / "log.txt").read_text().splitlines():
+        step, stream, value = line.split()
+        steps, values = streams.setdefault(stream, ([], []))
+        steps.append(int(step))
+        values.append(float(value))
+    return streams
+
+
 # ---- devices and ranks ---------------------------------------------------------------------------
 
 
@@ -558,6 +605,11 @@ def main(config: Config):
         dist.barrier()
     config, raw_model, windows, encoding, examples = prepared or prepare(config)
     n_params = sum(p.numel() for p in raw_model.parameters())
+    if rank == 0:
+        folder = choose_run(config)
+        start_folder(folder, config)
+        log = RunLog(folder)
+        print(folder)
     print0(
         f"{n_params:,} parameters | {device}, {dtype} | "
         f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
@@ -581,6 +633,7 @@ def main(config: Config):
 
     micro_steps = itertools.product(range(config.max_steps), range(grad_accum_steps))
     batches = prefetch(fetch, micro_steps)
+    start = time.perf_counter()
     for step in range(config.max_steps + 1):
         name = f"step {step}/{config.max_steps}"
 
@@ -588,11 +641,15 @@ def main(config: Config):
             with autocast:
                 loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size)
             print0(f"{name} | val {loss:.4f}")
+            if rank == 0:
+                log.write(step, "val", loss)
         if is_due(config.hellaswag_interval, step):
             counts = hellaswag.evaluate(raw_model, examples, encoding, T, device, rank=rank,
                                         world_size=world_size, autocast=autocast)  # fmt: skip
             counts = hellaswag.Counts(*sum_over_ranks(*counts, device=device))
             print0(f"{name} | hella {counts.acc_norm:.4f}")
+            if rank == 0:
+                log.write(step, "hella", counts.acc_norm)
         if is_due(config.sample_interval, step) and rank == 0:
             with autocast:
                 texts = sample_texts(raw_model, encoding, SAMPLE_PROMPT, config.seed)
@@ -632,7 +689,11 @@ def main(config: Config):
             f"{name} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {dt * 1000:.0f} ms | "
             f"{config.total_batch_size / dt:,.0f} tok/s"
         )
+        if rank == 0:
+            log.write(step, "train", loss)
 
+    minutes = (time.perf_counter() - start) / 60
+    print0(f"done in {minutes:.1f} minutes")
     if world_size > 1:
         dist.destroy_process_group()
 

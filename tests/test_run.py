@@ -1,39 +1,152 @@
-"""Whole runs, very small."""
+"""Whole runs of train_gpt2.py, very small ones, each in a folder of its own."""
 
+import json
+import math
+import os
+import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fineweb import write_shards
+import fineweb
+import train_gpt2
+from train_gpt2 import Config, main, read_log
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = (
-    "--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --total_batch_size 256 "
-    "--micro_batch_size 4 --max_steps 20 --warmup_steps 2 --lr 0.01 --device cpu --no-compile "
-    "--vocab_size 257 --data_dir data --hellaswag_interval 0"
-).split()
+SCRIPT = Path(train_gpt2.__file__).resolve()
+TEXT = "the cat sat on a mat and saw two red birds fly over green hills"
+WORDS = TEXT.split()
+TINY = Config(
+    preset="tiny", n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=257,
+    total_batch_size=128, micro_batch_size=4, max_steps=10, lr=1e-2, min_lr=1e-3, warmup_steps=2,
+    data_dir="data", device="cpu", dtype="float32", compile=False, val_interval=4, val_tokens=160,
+    hellaswag_interval=0, sample_interval=0,
+)  # fmt: skip
 
 
-def losses(folder, n_ranks):
-    """What a run prints as its losses, one a step."""
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
-    done = subprocess.run(
-        [sys.executable, *command, ROOT / "train_gpt2.py", *TINY],
-        cwd=folder,
-        capture_output=True,
-        text=True,
+@pytest.fixture(autouse=True)
+def folder_with_shards(tmp_path, monkeypatch):
+    """An empty working folder with a few hundred short documents in data/, a token a byte."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(WORDS, k=rng.randint(3, 30))) + ".\n" for _ in range(300)]
+    fineweb.write_shards(documents, "data", "bytes", shard_size=9000, val_tokens=2000, workers=1)
+
+
+def train(**settings) -> Path:
+    """Run TINY so changed in log/tiny-NNN, or out_dir; return the folder."""
+    config = replace(TINY, **settings)
+    main(config)
+    return Path(config.out_dir or max(Path("log").glob("tiny-*")))
+
+
+def log_lines(folder) -> list[str]:
+    return (Path(folder) / "log.txt").read_text().splitlines()
+
+
+def contents(folder) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(p): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+# ---- what a run does, and what it leaves ---------------------------------------------------------
+
+
+def test_validation_comes_every_interval_and_after_the_last_update():
+    streams = read_log(train())
+    assert streams["train"][0] == list(range(10))
+    assert streams["val"][0] == [0, 4, 8, 10]
+
+
+def test_the_loss_falls():
+    streams = read_log(train(max_steps=60))
+    assert abs(streams["val"][1][0] - math.log(257)) < 0.2  # at first, every byte is as likely
+    assert streams["val"][1][-1] < 2.7  # letters of 15 words
+    assert np.mean(streams["train"][1][-10:]) < 2.7
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_gives_others():
+    assert log_lines(train(dropout=0.1)) == log_lines(train(dropout=0.1))
+    assert log_lines(train(dropout=0.1, seed=1)) != log_lines("log/tiny-001")
+
+
+def test_the_micro_batch_size_changes_no_loss():
+    whole, pieces = read_log(train(micro_batch_size=8)), read_log(train(micro_batch_size=1))
+    for stream in ("train", "val"):
+        np.testing.assert_allclose(whole[stream][1], pieces[stream][1], atol=1e-5)
+
+
+def test_two_runs_share_no_folder():
+    first = train()
+    before = contents(first)
+    assert train(seed=2) == Path("log/tiny-002")
+    assert contents(first) == before
+
+
+def test_hellaswag_questions_in_the_data_folder_are_asked_while_training():
+    rng = random.Random(1)
+    wrong = ["\x07\x0b\x07!", "%%%%%%%", "&&&&&&&"]  # bytes that training never shows
+    lines = []
+    for _ in range(8):
+        endings = [" ".join(rng.choices(WORDS, k=1)) + ".", *wrong]
+        rng.shuffle(endings)
+        label = next(i for i, ending in enumerate(endings) if ending not in wrong)
+        lines.append(json.dumps({"ctx": "the cat", "endings": endings, "label": label}))
+    Path("data/hellaswag_val.jsonl").write_text("\n".join(lines))
+    steps, shares = read_log(train(max_steps=30, hellaswag_interval=20))["hella"]
+    assert steps == [0, 20, 30]
+    assert shares[0] < shares[-1] == 1.0
+
+
+# ---- checkpoints and resume ----------------------------------------------------------------------
+
+
+# ---- several ranks -------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one():
+    # 16 sequences a step: 8 micro-steps of one process, 4 of each of two
+    settings = {"total_batch_size": 256, "micro_batch_size": 2, "max_steps": 20, "lr": 1e-3}
+    questions = '{"ctx": "the cat", "endings": ["sat", "mat", "fly", "%%%"], "label": 1}\n' * 3
+    Path("data/hellaswag_val.jsonl").write_text(questions)
+    one = read_log(train(**settings, hellaswag_interval=10))
+    script = (
+        "from train_gpt2 import *\nimport json\n"
+        "if __name__ == '__main__': main(Config(**json.loads(open('c.json').read())))\n"
     )
+    Path("two.py").write_text(script)
+    config = replace(TINY, **settings, hellaswag_interval=10, out_dir="two")
+    Path("c.json").write_text(json.dumps(vars(config)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run([*command, "two.py"], env=env, capture_output=True, text=True, timeout=99)
     assert done.returncode == 0, done.stderr
-    return [float(loss) for loss in re.findall(r"^step \d+/\d+ \| loss (\S+)", done.stdout, re.M)]
+
+    two = read_log("two")
+    assert two.keys() == one.keys() == {"train", "val", "hella"}
+    for stream in one:
+        assert two[stream][0] == one[stream][0]  # every step once
+        np.testing.assert_allclose(two[stream][1], one[stream][1], atol=1e-5)
+    printed = re.findall(r"^step (\d+)/20 \| loss", done.stdout, flags=re.MULTILINE)
+    assert printed == [str(step) for step in range(20)]  # by one rank
+    assert "2 ranks x 4 micro-steps" in done.stdout
 
 
-def test_two_processes_equal_one(tmp_path):
-    words = "the cat sat on a mat and saw two red birds fly over green hills".split()
-    documents = (" ".join(words[i * j % 13] for i in range(300)) for j in range(12))
-    write_shards(documents, tmp_path / "data", "bytes", val_tokens=1000, workers=1)
-    one, two = losses(tmp_path, 1), losses(tmp_path, 2)
-    assert len(one) == len(two) == 20 and one[-1] < one[0] - 1
-    assert one == pytest.approx(two, abs=1.01e-4)  # the last digit that is printed
+# ---- Weights & Biases ----------------------------------------------------------------------------
+
+
+def test_a_run_that_does_not_ask_for_it_imports_none_of_what_it_does_not_need():
+    names = ["wandb", "datasets", "matplotlib", "huggingface_hub", "transformers"]
+    code = (
+        "import json, sys; from train_gpt2 import *; "
+        "main(Config(**json.loads(sys.argv[1]))); "
+        f"assert not {{*sys.modules}} & {{*{names}}}, {{*sys.modules}} & {{*{names}}}"
+    )
+    command = [sys.executable, "-c", code, json.dumps(vars(replace(TINY, max_steps=1)))]
+    env = os.environ | {"PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
