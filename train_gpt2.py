@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections import deque
@@ -101,7 +102,8 @@ class Config:
     """updates between HellaSwag evaluations"""
     sample_interval: int = 250
     """updates between samples"""
-
+    checkpoint_interval: int = 1000
+    """updates between checkpoints, of 1.5 GB each for 124M parameters"""
     init_from: str = ""
     """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"""
     out_dir: str = ""
@@ -119,7 +121,7 @@ PRESETS = {
     "shakespeare_char": replace(
         _SMALL, data_dir="shakespeare_char", block_size=64, max_steps=1600,
         total_batch_size=12 * 64, micro_batch_size=12, lr=4e-3, min_lr=0.0, warmup_steps=50,
-        val_tokens=100_000, hellaswag_interval=0,
+        val_tokens=100_000, hellaswag_interval=0, checkpoint_interval=500,
     ),
 }  # fmt: skip
 
@@ -444,27 +446,39 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> li
     return [encoding.decode(row) for row in idx.tolist()]
 
 
-# ---- a run's folder ------------------------------------------------------------------------------
+# ---- a run's folder: checkpoints and log ---------------------------------------------------------
 
 
 def choose_run(config: Config) -> Path:
     """--out_dir, or the next free log/PRESET-NNN. SystemExit if that holds a run."""
     if config.out_dir:
         folder = Path(config.out_dir)
-        if [*folder.glob("config.json"), *folder.glob("log.txt")]:
+        if [*folder.glob("config.json"), *folder.glob("log.txt"), *folder.glob("step_*.pt")]:
             raise SystemExit(f"{folder} holds a run: give another --out_dir")
         return folder
     runs = sorted(Path("log").glob(f"{config.preset}-[0-9][0-9][0-9]"))
     return Path(f"log/{config.preset}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
 
 
-def start_folder(folder: Path, config: Config):
-    """Make the folder, with config.json. SystemExit if that cannot be."""
+def start_folder(folder: Path, config: Config, n_params: int):
+    """Make the folder, with config.json. SystemExit if it could not take a checkpoint."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     except OSError as error:
         raise SystemExit(f"cannot write to {folder} ({error}): give another --out_dir") from None
+    free, needed = shutil.disk_usage(folder).free, 12 * n_params  # bytes: 3 float32 a parameter
+    if config.checkpoint_interval and free < needed:
+        raise SystemExit(f"{folder}: {free:,} bytes free, a checkpoint takes {needed:,}: make room")
+
+
+def save_checkpoint(folder: Path, step: int, config: Config, model, optimizer, scaler):
+    """Write step_NNNNNN.pt, after so many updates: tensors, numbers and strings alone."""
+    path = folder / f"step_{step:06d}.pt"
+    states = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    checkpoint = {name: part.state_dict() for name, part in states.items()}
+    torch.save(checkpoint | {"step": step, "config": asdict(config)}, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)  # whatever stops us, the file is whole or absent
 
 
 class RunLog:
@@ -607,7 +621,7 @@ def main(config: Config):
     n_params = sum(p.numel() for p in raw_model.parameters())
     if rank == 0:
         folder = choose_run(config)
-        start_folder(folder, config)
+        start_folder(folder, config, n_params)
         log = RunLog(folder)
         print(folder)
     print0(
@@ -637,6 +651,8 @@ def main(config: Config):
     for step in range(config.max_steps + 1):
         name = f"step {step}/{config.max_steps}"
 
+        if is_due(config.checkpoint_interval, step) and step > 0 and rank == 0:
+            save_checkpoint(folder, step, config, raw_model, optimizer, scaler)
         if is_due(config.val_interval, step):
             with autocast:
                 loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size)

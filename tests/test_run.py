@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fineweb
 import train_gpt2
@@ -24,7 +26,7 @@ TINY = Config(
     preset="tiny", n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=257,
     total_batch_size=128, micro_batch_size=4, max_steps=10, lr=1e-2, min_lr=1e-3, warmup_steps=2,
     data_dir="data", device="cpu", dtype="float32", compile=False, val_interval=4, val_tokens=160,
-    hellaswag_interval=0, sample_interval=0,
+    hellaswag_interval=0, sample_interval=0, checkpoint_interval=4,
 )  # fmt: skip
 
 
@@ -46,6 +48,14 @@ def train(**settings) -> Path:
 
 def log_lines(folder) -> list[str]:
     return (Path(folder) / "log.txt").read_text().splitlines()
+
+
+def error_of(**settings) -> str:
+    """The message of the SystemExit that a run must end in: one line."""
+    with pytest.raises(SystemExit) as error:
+        main(replace(TINY, **settings))
+    assert isinstance(error.value.code, str) and len(error.value.code.splitlines()) == 1
+    return error.value.code
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -80,11 +90,33 @@ def test_the_micro_batch_size_changes_no_loss():
         np.testing.assert_allclose(whole[stream][1], pieces[stream][1], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["val", "hellaswag", "sample", "checkpoint"])
+def test_an_interval_of_0_switches_its_thing_off(name, capsys):
+    off = dict.fromkeys((f"{n}_interval" for n in ("val", "hellaswag", "sample", "checkpoint")), 0)
+    if name == "val":  # then a run needs no held-out text either
+        Path("data/data_val_000000.npy").unlink()
+    folder = train(max_steps=2, **off)
+    assert set(read_log(folder)) == {"train"}
+    assert not list(folder.glob("*.pt"))
+    assert not re.search(r"\| (val|hella|sample) ", capsys.readouterr().out)
+
+
 def test_two_runs_share_no_folder():
     first = train()
     before = contents(first)
     assert train(seed=2) == Path("log/tiny-002")
     assert contents(first) == before
+
+
+@pytest.mark.parametrize("left", ["*", "step_000004.pt", "log.txt"])
+def test_out_dir_is_refused_where_a_run_is_or_was(left):
+    train(out_dir="mine")
+    for file in Path("mine").iterdir():
+        if left != "*" and file.name != left:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+    before = contents("mine")
+    assert "mine" in error_of(out_dir="mine")
+    assert contents("mine") == before
 
 
 def test_hellaswag_questions_in_the_data_folder_are_asked_while_training():
@@ -103,6 +135,19 @@ def test_hellaswag_questions_in_the_data_folder_are_asked_while_training():
 
 
 # ---- checkpoints and resume ----------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_plain_data_only():
+    def check(part):
+        if isinstance(part, dict | list | tuple):
+            for inner in part.values() if isinstance(part, dict) else part:
+                check(inner)
+        else:
+            assert type(part) in (torch.Tensor, int, float, str, bool, type(None)), type(part)
+
+    checkpoint = torch.load(train() / "step_000010.pt", weights_only=True)
+    check(checkpoint)
+    assert checkpoint["config"]["lr"] == 1e-2
 
 
 # ---- several ranks -------------------------------------------------------------------------------
