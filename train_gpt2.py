@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -259,8 +259,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":
-        """A GPT-2 from a folder with config.json and model.safetensors, as transformers writes
-        it, or OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl from the hub.
+        """A GPT-2 from a folder with config.json and model.safetensors, as transformers and
+        save_pretrained write it, or OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl from the hub.
         SystemExit, one line, if that is no GPT-2."""
         folder = Path(source) if Path(source).is_dir() else download_gpt2(str(source))
         try:
@@ -282,6 +282,22 @@ class GPT(nn.Module):
             reason = " ".join(repr(error).split())
             raise SystemExit(f"{folder} holds no GPT-2 that can be loaded: {reason}") from error
         return model
+
+    def save_pretrained(self, folder: str | Path):
+        """Write config.json and model.safetensors, for transformers and for from_pretrained."""
+        folder, config = Path(folder), self.config
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {}
+        for name, p in self.named_parameters():
+            w = p.detach().float().cpu()
+            w = w[: config.vocab_size] if name.endswith("wte.weight") else w
+            weights[name] = (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        parts = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        parts |= {"n_positions": config.block_size, "architectures": ["GPT2LMHeadModel"]}
+        # end-of-text, the last token, is what a document follows and ends with
+        parts |= {"bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1}
+        (folder / "config.json").write_text(json.dumps(GPT2 | parts, indent=2) + "\n")
 
 
 # OpenAI's code keeps linear layers as (in, out), PyTorch as (out, in)
@@ -709,7 +725,9 @@ def main(config: Config):
             log.write(step, "train", loss)
 
     minutes = (time.perf_counter() - start) / 60
-    print0(f"done in {minutes:.1f} minutes")
+    if rank == 0:
+        raw_model.save_pretrained(folder / "hf")
+    print0(f"done in {minutes:.1f} minutes: {folder}/hf loads in transformers and by --init_from")
     if world_size > 1:
         dist.destroy_process_group()
 

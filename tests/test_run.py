@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from torch.nn import functional as F
 
 import fineweb
 import train_gpt2
-from train_gpt2 import Config, main, read_log
+from train_gpt2 import GPT, Config, main, read_log
 
 SCRIPT = Path(train_gpt2.__file__).resolve()
 TEXT = "the cat sat on a mat and saw two red birds fly over green hills"
@@ -50,6 +52,10 @@ def log_lines(folder) -> list[str]:
     return (Path(folder) / "log.txt").read_text().splitlines()
 
 
+def weights(folder, step) -> dict[str, torch.Tensor]:
+    return torch.load(Path(folder) / f"step_{step:06d}.pt")["model"]
+
+
 def error_of(**settings) -> str:
     """The message of the SystemExit that a run must end in: one line."""
     with pytest.raises(SystemExit) as error:
@@ -70,6 +76,16 @@ def test_validation_comes_every_interval_and_after_the_last_update():
     streams = read_log(train())
     assert streams["train"][0] == list(range(10))
     assert streams["val"][0] == [0, 4, 8, 10]
+
+
+def test_transformers_reads_the_export_and_gives_the_last_checkpoints_logits():
+    folder = train()
+    model = GPT(TINY)
+    model.load_state_dict(weights(folder, 10))
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder / "hf").eval()
+    idx = torch.randint(257, (3, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(idx)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_the_loss_falls():
@@ -99,6 +115,19 @@ def test_an_interval_of_0_switches_its_thing_off(name, capsys):
     assert set(read_log(folder)) == {"train"}
     assert not list(folder.glob("*.pt"))
     assert not re.search(r"\| (val|hella|sample) ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 4, 8])  # ten windows: whole batches, and ragged
+def test_the_validation_loss_is_the_mean_over_exactly_val_tokens(micro_batch_size):
+    folder = train(micro_batch_size=micro_batch_size, dropout=0.2)  # which has no part in it
+    tokens = torch.tensor(np.load("data/data_val_000000.npy").astype(int))  # 2000, of which 160
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder / "hf").eval()
+    total = 0.0
+    for start in range(0, 160, 16):
+        with torch.no_grad():
+            logits = model(tokens[start : start + 16][None]).logits[0]  # (T, vocab_size)
+        total += F.cross_entropy(logits, tokens[start + 1 : start + 17], reduction="sum").item()
+    assert read_log(folder)["val"][1][-1] == pytest.approx(total / 160, abs=2e-6)
 
 
 def test_two_runs_share_no_folder():
@@ -151,34 +180,6 @@ def test_a_checkpoint_holds_plain_data_only():
 
 
 # ---- several ranks -------------------------------------------------------------------------------
-
-
-def test_two_processes_equal_one():
-    # 16 sequences a step: 8 micro-steps of one process, 4 of each of two
-    settings = {"total_batch_size": 256, "micro_batch_size": 2, "max_steps": 20, "lr": 1e-3}
-    questions = '{"ctx": "the cat", "endings": ["sat", "mat", "fly", "%%%"], "label": 1}\n' * 3
-    Path("data/hellaswag_val.jsonl").write_text(questions)
-    one = read_log(train(**settings, hellaswag_interval=10))
-    script = (
-        "from train_gpt2 import *\nimport json\n"
-        "if __name__ == '__main__': main(Config(**json.loads(open('c.json').read())))\n"
-    )
-    Path("two.py").write_text(script)
-    config = replace(TINY, **settings, hellaswag_interval=10, out_dir="two")
-    Path("c.json").write_text(json.dumps(vars(config)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
-    done = subprocess.run([*command, "two.py"], env=env, capture_output=True, text=True, timeout=99)
-    assert done.returncode == 0, done.stderr
-
-    two = read_log("two")
-    assert two.keys() == one.keys() == {"train", "val", "hella"}
-    for stream in one:
-        assert two[stream][0] == one[stream][0]  # every step once
-        np.testing.assert_allclose(two[stream][1], one[stream][1], atol=1e-5)
-    printed = re.findall(r"^step (\d+)/20 \| loss", done.stdout, flags=re.MULTILINE)
-    assert printed == [str(step) for step in range(20)]  # by one rank
-    assert "2 ranks x 4 micro-steps" in done.stdout
 
 
 # ---- Weights & Biases ----------------------------------------------------------------------------
