@@ -5,6 +5,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train_gpt2.py gpt2
+    python train_gpt2.py gpt2 --resume auto  # the newest run that did not finish, else a new one
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
@@ -22,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -83,7 +84,7 @@ class Config:
     seed: int = 1337
     """of initialization, order of the data, dropout and samples"""
 
-    # nothing below changes the losses
+    # nothing below changes the losses: a continued run may have it otherwise
     data_dir: str = "edu_fineweb10B"
     """folder of the token shards, as fineweb.py makes them"""
     micro_batch_size: int = 0
@@ -106,6 +107,8 @@ class Config:
     """updates between checkpoints, of 1.5 GB each for 124M parameters"""
     init_from: str = ""
     """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"""
+    resume: str = ""
+    """a run's folder to continue; auto: the preset's newest that did not finish, else a new one"""
     out_dir: str = ""
     """the run's folder; empty: the next free log/PRESET-NNN"""
 
@@ -465,15 +468,29 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> li
 # ---- a run's folder: checkpoints and log ---------------------------------------------------------
 
 
-def choose_run(config: Config) -> Path:
-    """--out_dir, or the next free log/PRESET-NNN. SystemExit if that holds a run."""
-    if config.out_dir:
-        folder = Path(config.out_dir)
-        if [*folder.glob("config.json"), *folder.glob("log.txt"), *folder.glob("step_*.pt")]:
-            raise SystemExit(f"{folder} holds a run: give another --out_dir")
-        return folder
+def newest_checkpoint(folder: Path) -> Path | None:
+    return max(folder.glob("step_*.pt"), default=None)
+
+
+def choose_run(config: Config) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint in it to go on from, if any. SystemExit if that would
+    mix this run with another."""
     runs = sorted(Path("log").glob(f"{config.preset}-[0-9][0-9][0-9]"))
-    return Path(f"log/{config.preset}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
+    unfinished = [run for run in runs if not (run / "hf").exists()]  # written last
+    if config.resume not in ("", "auto"):
+        folder = Path(config.resume)
+        if not newest_checkpoint(folder):
+            raise SystemExit(f"{folder} holds no step_*.pt: give --resume a run's folder, or auto")
+    elif config.out_dir:
+        folder = Path(config.out_dir)
+        used = [*folder.glob("config.json"), *folder.glob("log.txt"), *folder.glob("step_*.pt")]
+        if used and not config.resume:
+            raise SystemExit(f"{folder} holds a run: add --resume auto, or give another --out_dir")
+    elif config.resume and unfinished:
+        folder = unfinished[-1]
+    else:
+        folder = Path(f"log/{config.preset}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
+    return folder, newest_checkpoint(folder)
 
 
 def start_folder(folder: Path, config: Config, n_params: int):
@@ -489,7 +506,8 @@ def start_folder(folder: Path, config: Config, n_params: int):
 
 
 def save_checkpoint(folder: Path, step: int, config: Config, model, optimizer, scaler):
-    """Write step_NNNNNN.pt, after so many updates: tensors, numbers and strings alone."""
+    """Write step_NNNNNN.pt, after so many updates: tensors, numbers and strings alone. Data and
+    dropout are functions of the step, so no generator needs saving."""
     path = folder / f"step_{step:06d}.pt"
     states = {"model": model, "optimizer": optimizer, "scaler": scaler}
     checkpoint = {name: part.state_dict() for name, part in states.items()}
@@ -497,11 +515,36 @@ def save_checkpoint(folder: Path, step: int, config: Config, model, optimizer, s
     os.replace(path.with_suffix(".tmp"), path)  # whatever stops us, the file is whole or absent
 
 
+def load_checkpoint(path: Path) -> dict:
+    """What save_checkpoint wrote, on the CPU. SystemExit names a file that is not that."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return checkpoint | {"config": Config(**checkpoint["config"])}
+    except Exception as error:  # a torn zip, another pickle, other keys: torch raises all kinds
+        reason = str(error).split("\n")[0]
+        raise SystemExit(f"{path} is damaged: remove it to use the one before ({reason})") from None
+
+
+def check_same_experiment(config: Config, saved: Config, path: Path):
+    """SystemExit naming the hyperparameters in which a run would not go on as it began."""
+    names = [f.name for f in fields(Config)]
+    names = names[: names.index("data_dir")]  # what comes after it changes no loss
+    now, then = asdict(config), asdict(saved)
+    differ = [f"{name} {then[name]}, not {now[name]}" for name in names if now[name] != then[name]]
+    if differ:
+        raise SystemExit(f"{path} is of a run with {'; '.join(differ)}: give that run's flags")
+
+
 class RunLog:
     """log.txt, a line `step stream value` for each number."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first_step: int):
         self.path = folder / "log.txt"
+        # a continued run does the steps since its checkpoint again: their lines go
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text("".join(line for line in lines if int(line.split()[0]) < first_step))
+        os.replace(aside, self.path)
 
     def write(self, step: int, stream: str, value: float):
         with open(self.path, "a") as file:
@@ -571,6 +614,14 @@ def resolve_micro_batch_size(config: Config, device: torch.device, world_size: i
 # ---- the run -------------------------------------------------------------------------------------
 
 
+def model_of(checkpoint: dict, dropout: float) -> GPT:
+    """A checkpoint's model, whose positions may be more than the windows it was trained on."""
+    n_positions = len(checkpoint["model"]["transformer.wpe.weight"])
+    model = GPT(replace(checkpoint["config"], block_size=n_positions, dropout=dropout))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
 def encoding_of(vocab_size: int):
     """The encoding that a vocabulary belongs to."""
     return fineweb.get_encoding("bytes" if vocab_size == 257 else "gpt2")
@@ -587,15 +638,21 @@ def check_config(config: Config):
         raise SystemExit(f"--n_embd {config.n_embd} does not divide into --n_head {config.n_head}")
 
 
-def prepare(config: Config):
-    """All that a run starts from: configuration, model (on the CPU), windows, encoding, HellaSwag's
-    examples. Whatever is wrong with them is said here, before the first step."""
+def prepare(config: Config, checkpoint_path: Path | None):
+    """All that a run starts from: configuration, checkpoint, model (on the CPU), windows, encoding,
+    HellaSwag's examples. Whatever is wrong with them is said here, before the first step."""
+    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
     torch.manual_seed(config.seed)
-    source, dropout = config.init_from, config.dropout
-    model = GPT.from_pretrained(source, dropout) if source else GPT(config)
+    if checkpoint:
+        model = model_of(checkpoint, config.dropout)
+    else:
+        source, dropout = config.init_from, config.dropout
+        model = GPT.from_pretrained(source, dropout) if source else GPT(config)
     if config.init_from:  # the network is that of the weights, whatever the preset's
         names = ("n_layer", "n_head", "n_embd", "vocab_size")
         config = replace(config, **{name: getattr(model.config, name) for name in names})
+    if checkpoint:
+        check_same_experiment(config, checkpoint["config"], checkpoint_path)
     n_positions = model.config.block_size
     if config.block_size > n_positions:
         raise SystemExit(f"--block_size {config.block_size} is beyond {n_positions} positions")
@@ -608,7 +665,7 @@ def prepare(config: Config):
     if config.hellaswag_interval:
         own = Path(config.data_dir) / "hellaswag_val.jsonl"  # questions about the corpus itself
         examples = hellaswag.load(own if own.exists() else hellaswag.PATH)
-    return config, model, windows, encoding, examples
+    return config, checkpoint, model, windows, encoding, examples
 
 
 def main(config: Config):
@@ -630,18 +687,22 @@ def main(config: Config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # rank 0 goes first: it fetches what is missing, and says once what is wrong
-    prepared = prepare(config) if rank == 0 else None
+    run, prepared = [None], None
+    if rank == 0:
+        run = [choose_run(config)]
+        prepared = prepare(config, run[0][1])
     if world_size > 1:
-        dist.barrier()
-    config, raw_model, windows, encoding, examples = prepared or prepare(config)
+        dist.broadcast_object_list(run)
+    folder, checkpoint_path = run[0]
+    prepared = prepared or prepare(config, checkpoint_path)
+    config, checkpoint, raw_model, windows, encoding, examples = prepared
+    first_step = checkpoint["step"] if checkpoint else 0
     n_params = sum(p.numel() for p in raw_model.parameters())
     if rank == 0:
-        folder = choose_run(config)
         start_folder(folder, config, n_params)
-        log = RunLog(folder)
-        print(folder)
+        log = RunLog(folder, first_step)
     print0(
-        f"{n_params:,} parameters | {device}, {dtype} | "
+        f"{folder} from step {first_step} | {n_params:,} parameters | {device}, {dtype} | "
         f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
     )
 
@@ -652,6 +713,10 @@ def main(config: Config):
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     optimizer = configure_optimizer(raw_model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        del checkpoint, prepared  # 1.5 GB
 
     def fetch(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = get_batch(windows["train"], config, step, micro_step, rank, world_size)
@@ -661,13 +726,14 @@ def main(config: Config):
     def is_due(interval: int, step: int) -> bool:
         return interval > 0 and (step % interval == 0 or step == config.max_steps)
 
-    micro_steps = itertools.product(range(config.max_steps), range(grad_accum_steps))
+    micro_steps = itertools.product(range(first_step, config.max_steps), range(grad_accum_steps))
     batches = prefetch(fetch, micro_steps)
     start = time.perf_counter()
-    for step in range(config.max_steps + 1):
+    for step in range(first_step, config.max_steps + 1):
         name = f"step {step}/{config.max_steps}"
 
-        if is_due(config.checkpoint_interval, step) and step > 0 and rank == 0:
+        # first, so that a run continued from here does all the rest of this turn again
+        if is_due(config.checkpoint_interval, step) and step > first_step and rank == 0:
             save_checkpoint(folder, step, config, raw_model, optimizer, scaler)
         if is_due(config.val_interval, step):
             with autocast:
@@ -691,6 +757,7 @@ def main(config: Config):
 
         # one step of training, and nothing else, between t0 and dt
         t0 = time.perf_counter()
+        torch.manual_seed(config.seed + 1 + step * world_size + rank)  # for dropout
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 import fineweb
 import train_gpt2
-from train_gpt2 import GPT, Config, main, read_log
+from train_gpt2 import GPT, Config, load_checkpoint, main, read_log
 
 SCRIPT = Path(train_gpt2.__file__).resolve()
 TEXT = "the cat sat on a mat and saw two red birds fly over green hills"
@@ -53,7 +54,7 @@ def log_lines(folder) -> list[str]:
 
 
 def weights(folder, step) -> dict[str, torch.Tensor]:
-    return torch.load(Path(folder) / f"step_{step:06d}.pt")["model"]
+    return load_checkpoint(Path(folder) / f"step_{step:06d}.pt")["model"]
 
 
 def error_of(**settings) -> str:
@@ -70,6 +71,17 @@ def contents(folder) -> dict[str, bytes]:
 
 
 # ---- what a run does, and what it leaves ---------------------------------------------------------
+
+
+def test_a_run_leaves_its_log_configuration_checkpoints_and_export():
+    folder = train()
+    assert folder == Path("log/tiny-001")
+    names = ["config.json", "hf", "log.txt", "step_000004.pt", "step_000008.pt", "step_000010.pt"]
+    assert sorted(p.name for p in folder.iterdir()) == names  # no .tmp among them
+    assert all(re.fullmatch(r"\d+ (train|val) \d+\.\d+", line) for line in log_lines(folder))
+    assert Config(**json.loads((folder / "config.json").read_text())) == TINY
+    for step in (4, 8, 10):  # the number of finished updates
+        assert load_checkpoint(folder / f"step_{step:06d}.pt")["step"] == step
 
 
 def test_validation_comes_every_interval_and_after_the_last_update():
@@ -166,6 +178,76 @@ def test_hellaswag_questions_in_the_data_folder_are_asked_while_training():
 # ---- checkpoints and resume ----------------------------------------------------------------------
 
 
+def interrupt(folder, step):
+    """Leave of a finished run what a run killed some steps after its checkpoint leaves."""
+    shutil.rmtree(folder / "hf")
+    for path in folder.glob("step_*.pt"):
+        if int(path.stem[5:]) > step:
+            path.unlink()
+    lines = [line for line in log_lines(folder) if int(line.split()[0]) < step + 2]
+    (folder / "log.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("how", ["auto", "log/tiny-001"])
+def test_resume_equals_no_interruption_bit_for_bit(how):
+    settings = {"dropout": 0.2, "max_steps": 16, "checkpoint_interval": 6, "sample_interval": 3}
+    folder = train(**settings)
+    lines, final = log_lines(folder), weights(folder, 16)
+    optimizer = load_checkpoint(folder / "step_000016.pt")["optimizer"]["state"]
+    interrupt(folder, step=6)
+
+    assert train(**settings, resume=how) == folder
+    assert log_lines(folder) == lines  # none lost, none twice
+    resumed = load_checkpoint(folder / "step_000016.pt")
+    assert all(torch.equal(resumed["model"][name], w) for name, w in final.items())
+    for i, moments in optimizer.items():
+        assert all(torch.equal(resumed["optimizer"]["state"][i][k], m) for k, m in moments.items())
+
+
+def test_resume_auto_begins_anew_where_every_run_has_finished():
+    assert train(resume="auto") == Path("log/tiny-001")
+    assert train(resume="auto") == Path("log/tiny-002")
+
+
+def test_resume_auto_with_out_dir_begins_or_continues_it():
+    folder = train(out_dir="mine", resume="auto")
+    lines = log_lines(folder)
+    interrupt(folder, step=4)
+    train(out_dir="mine", resume="auto")
+    assert log_lines(folder) == lines
+    assert not Path("log").exists()
+
+
+def test_resume_with_another_learning_rate_is_refused():
+    folder = train()
+    interrupt(folder, step=4)
+    before = contents(folder)
+    assert "lr 0.01, not 0.02" in error_of(resume="auto", lr=0.02)
+    assert contents(folder) == before
+
+
+def test_resume_with_another_micro_batch_size_gives_the_same_losses():
+    folder = train()
+    losses = read_log(folder)
+    interrupt(folder, step=4)
+    resumed = read_log(train(resume="auto", micro_batch_size=2))
+    for stream in ("train", "val"):
+        np.testing.assert_allclose(resumed[stream][1], losses[stream][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_used(damage):
+    folder = train()
+    lines = log_lines(folder)
+    interrupt(folder, step=8)
+    path = folder / "step_000008.pt"
+    path.write_bytes(path.read_bytes()[:-5000] if damage is None else damage)
+    assert str(path) in error_of(resume="auto")
+    path.unlink()  # as the message says
+    train(resume="auto")
+    assert log_lines(folder) == lines
+
+
 def test_a_checkpoint_holds_plain_data_only():
     def check(part):
         if isinstance(part, dict | list | tuple):
@@ -179,7 +261,50 @@ def test_a_checkpoint_holds_plain_data_only():
     assert checkpoint["config"]["lr"] == 1e-2
 
 
+def test_a_write_that_breaks_leaves_the_earlier_checkpoint_alone(monkeypatch):
+    def save(checkpoint, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    folder = train()
+    before = (folder / "step_000010.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", save)
+    part = SimpleNamespace(state_dict=dict)
+    with pytest.raises(OSError):
+        train_gpt2.save_checkpoint(folder, 10, TINY, part, part, part)
+    assert (folder / "step_000010.pt").read_bytes() == before
+    assert train_gpt2.newest_checkpoint(folder) == folder / "step_000010.pt"
+
+
 # ---- several ranks -------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one():
+    # 16 sequences a step: 8 micro-steps of one process, 4 of each of two
+    settings = {"total_batch_size": 256, "micro_batch_size": 2, "max_steps": 20, "lr": 1e-3}
+    questions = '{"ctx": "the cat", "endings": ["sat", "mat", "fly", "%%%"], "label": 1}\n' * 3
+    Path("data/hellaswag_val.jsonl").write_text(questions)
+    one = read_log(train(**settings, hellaswag_interval=10))
+    script = (
+        "from train_gpt2 import *\nimport json\n"
+        "if __name__ == '__main__': main(Config(**json.loads(open('c.json').read())))\n"
+    )
+    Path("two.py").write_text(script)
+    config = replace(TINY, **settings, hellaswag_interval=10, out_dir="two")
+    Path("c.json").write_text(json.dumps(vars(config)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run([*command, "two.py"], env=env, capture_output=True, text=True, timeout=99)
+    assert done.returncode == 0, done.stderr
+
+    two = read_log("two")
+    assert two.keys() == one.keys() == {"train", "val", "hella"}
+    for stream in one:
+        assert two[stream][0] == one[stream][0]  # every step once
+        np.testing.assert_allclose(two[stream][1], one[stream][1], atol=1e-5)
+    printed = re.findall(r"^step (\d+)/20 \| loss", done.stdout, flags=re.MULTILINE)
+    assert printed == [str(step) for step in range(20)]  # by one rank
+    assert "2 ranks x 4 micro-steps" in done.stdout
 
 
 # ---- Weights & Biases ----------------------------------------------------------------------------
