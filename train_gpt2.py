@@ -777,6 +777,14 @@ def main(config: Config):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf).item()
         loss = loss_sum.item() / world_size
+        # an infinite norm is float16's daily bread: the scaler skips the update and scales down
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            if rank == 0:
+                save_checkpoint(folder, step, config, raw_model, optimizer, scaler)
+            raise SystemExit(
+                f"step {step}: loss {loss}, norm {norm}. The weights from before this update are "
+                f"saved: go on from them with --init_from {folder} and a lower --lr"
+            )
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -276,6 +276,28 @@ def test_a_write_that_breaks_leaves_the_earlier_checkpoint_alone(monkeypatch):
     assert train_gpt2.newest_checkpoint(folder) == folder / "step_000010.pt"
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_from_before(monkeypatch):
+    forward, count = GPT.forward, iter(range(1000))
+
+    def fails(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        return logits, loss * math.nan if next(count) == 2 * 6 else loss  # two micro-steps a step
+
+    whole = train(val_interval=0, checkpoint_interval=6)
+    monkeypatch.setattr(GPT, "forward", fails)
+    error = error_of(val_interval=0, checkpoint_interval=0)
+    assert "step 6" in error and "log/tiny-002" in error and "--lr" in error
+    assert log_lines("log/tiny-002") == log_lines(whole)[:6]
+    saved = weights("log/tiny-002", 6)
+    assert all(torch.equal(saved[name], w) for name, w in weights(whole, 6).items())
+
+
+def test_a_learning_rate_far_too_high_ends_in_one_line():
+    assert "lower --lr" in error_of(lr=1e30, min_lr=1e30)
+    state = load_checkpoint(max(Path("log/tiny-001").glob("step_*.pt")))["model"]
+    assert all(w.isfinite().all() for w in state.values())
+
+
 # ---- several ranks -------------------------------------------------------------------------------
 
 
