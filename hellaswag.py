@@ -1,7 +1,7 @@
 """HellaSwag: which of four endings does a language model find the likeliest?
 
     python hellaswag.py --model gpt2           # OpenAI's 124M; also gpt2-medium, -large, -xl
-    python hellaswag.py --model FOLDER         # a GPT-2 that transformers saved
+    python hellaswag.py --model log/gpt2-003   # a run's folder, or an exported one
     python hellaswag.py --limit 500            # the first 500 examples only: quick and rough
 
 10,042 examples; one ending is human, three are a machine's that fooled a classifier (Zellers et
@@ -199,20 +199,20 @@ def main(
     """Score a model on HellaSwag's validation set.
 
     Args:
-        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run's folder or an exported folder.
         file: the examples, as JSON lines; downloaded to there when absent.
         device: auto, cpu, cuda or mps.
         batch_size: examples at a time; the model sees four rows for each.
         limit: only the first so many examples; 0 for all.
     """
     # here, not above: the trainer imports this module
-    from train_gpt2 import GPT, encoding_of, resolve_device
+    from train_gpt2 import encoding_of, load_model, resolve_device
 
     if batch_size < 1 or limit < 0:
         raise SystemExit("--batch_size must be at least 1 and --limit at least 0")
     target = resolve_device(device)
     examples = load(file)[: limit or None]
-    gpt = GPT.from_pretrained(model).to(target)
+    gpt = load_model(model).to(target)
     encoding = encoding_of(gpt.config.vocab_size)
     block_size = gpt.config.block_size
     counts = evaluate(gpt, examples, encoding, block_size, target, batch_size, progress=True)

@@ -6,6 +6,7 @@
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         train_gpt2.py gpt2
     python train_gpt2.py gpt2 --resume auto  # the newest run that did not finish, else a new one
+    python train_gpt2.py gpt2 --prompt "Hello, I'm a language model," --init_from log/gpt2-001
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
@@ -106,11 +107,13 @@ class Config:
     checkpoint_interval: int = 1000
     """updates between checkpoints, of 1.5 GB each for 124M parameters"""
     init_from: str = ""
-    """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder"""
+    """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a run's folder"""
     resume: str = ""
     """a run's folder to continue; auto: the preset's newest that did not finish, else a new one"""
     out_dir: str = ""
     """the run's folder; empty: the next free log/PRESET-NNN"""
+    prompt: str = ""
+    """do not train: continue this text five times, with --init_from's weights or gpt2's"""
 
 
 # too small for torch.compile to earn back its minute on a CPU
@@ -622,6 +625,14 @@ def model_of(checkpoint: dict, dropout: float) -> GPT:
     return model
 
 
+def load_model(source: str, dropout: float = 0.0) -> GPT:
+    """The newest weights of a run's folder, or whatever GPT.from_pretrained can load."""
+    path, exported = newest_checkpoint(Path(source)), Path(source) / "hf"
+    if path:
+        return model_of(load_checkpoint(path), dropout)
+    return GPT.from_pretrained(exported if exported.is_dir() else source, dropout)
+
+
 def encoding_of(vocab_size: int):
     """The encoding that a vocabulary belongs to."""
     return fineweb.get_encoding("bytes" if vocab_size == 257 else "gpt2")
@@ -646,8 +657,7 @@ def prepare(config: Config, checkpoint_path: Path | None):
     if checkpoint:
         model = model_of(checkpoint, config.dropout)
     else:
-        source, dropout = config.init_from, config.dropout
-        model = GPT.from_pretrained(source, dropout) if source else GPT(config)
+        model = load_model(config.init_from, config.dropout) if config.init_from else GPT(config)
     if config.init_from:  # the network is that of the weights, whatever the preset's
         names = ("n_layer", "n_head", "n_embd", "vocab_size")
         config = replace(config, **{name: getattr(model.config, name) for name in names})
@@ -675,6 +685,11 @@ def main(config: Config):
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = resolve_device(config.device, local_rank)
+    if config.prompt:
+        model = load_model(config.init_from or "gpt2").to(device)
+        encoding = encoding_of(model.config.vocab_size)
+        texts = sample_texts(model, encoding, config.prompt, config.seed, n=5)
+        return print0("\n".join(f"> {text}" for text in texts))
     dtype = resolve_dtype(config.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     B, T = resolve_micro_batch_size(config, device, world_size), config.block_size

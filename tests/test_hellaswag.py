@@ -280,3 +280,20 @@ def test_importing_does_nothing(tmp_path):
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line(tmp_path):
+    Wrapped().gpt.save_pretrained(tmp_path / "model" / "hf")  # as a run's folder has it
+    lines = "".join(json.dumps(example) + "\n" for example in some_examples(6))
+    (tmp_path / "val.jsonl").write_text(lines)
+
+    def run(*arguments):
+        command = [sys.executable, str(ROOT / "hellaswag.py"), "--device", "cpu", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    done = run("--model", "model", "--file", "val.jsonl", "--batch_size", "2", "--limit", "5")
+    assert done.returncode == 0, done.stderr
+    counts = hellaswag.evaluate(Wrapped(), some_examples(5), BYTES, 96, "cpu")
+    assert done.stdout == f"model: {counts}\n"
+    done = run("--model", "model", "--file", ".")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Is a directory" in done.stderr

@@ -175,6 +175,27 @@ def test_hellaswag_questions_in_the_data_folder_are_asked_while_training():
     assert shares[0] < shares[-1] == 1.0
 
 
+@pytest.mark.parametrize("source", ["", "/hf"])
+def test_init_from_begins_with_the_weights_of_a_run_or_an_export(source):
+    first = train()
+    second = train(init_from=f"{first}{source}", n_layer=5, seed=7)  # five layers: not listened to
+    assert read_log(second)["val"][1][0] == pytest.approx(read_log(first)["val"][1][-1], abs=2e-6)
+    assert load_checkpoint(second / "step_000010.pt")["config"].n_layer == 2
+
+
+def test_a_prompt_prints_five_continuations_and_trains_nothing(capsys):
+    folder = train()
+    before = contents(".")
+    capsys.readouterr()
+    texts = []
+    for _ in range(2):
+        main(replace(TINY, prompt="the cat", init_from=str(folder)))
+        texts.append(capsys.readouterr().out)
+    assert texts[0].count("> the cat") == 5
+    assert texts[0] == texts[1]  # seeded
+    assert contents(".") == before
+
+
 # ---- checkpoints and resume ----------------------------------------------------------------------
 
 
