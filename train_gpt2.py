@@ -114,6 +114,8 @@ class Config:
     """the run's folder; empty: the next free log/PRESET-NNN"""
     prompt: str = ""
     """do not train: continue this text five times, with --init_from's weights or gpt2's"""
+    wandb: bool = False
+    """send the log to Weights & Biases too"""
 
 
 # too small for torch.compile to earn back its minute on a CPU
@@ -539,9 +541,10 @@ def check_same_experiment(config: Config, saved: Config, path: Path):
 
 
 class RunLog:
-    """log.txt, a line `step stream value` for each number."""
+    """log.txt, a line `step stream value` for each number; Weights & Biases too, if asked for."""
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, config: Config, first_step: int):
+        self.config, self.wandb_run = config, None
         self.path = folder / "log.txt"
         # a continued run does the steps since its checkpoint again: their lines go
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -552,6 +555,25 @@ class RunLog:
     def write(self, step: int, stream: str, value: float):
         with open(self.path, "a") as file:
             file.write(f"{step} {stream} {value:.6f}\n")
+        self.mirror(step, {stream: value})
+
+    def mirror(self, step: int, values: dict):
+        """Send numbers or tables of texts to Weights & Biases; the run outlives its failures."""
+        if not self.config.wandb:
+            return
+        try:
+            import wandb
+
+            self.wandb_run = self.wandb_run or wandb.init(
+                project="gpt2", name=self.path.parent.name, config=asdict(self.config)
+            )
+            if "samples" in values:
+                rows = [[text] for text in values["samples"]]
+                values = {"samples": wandb.Table(columns=["text"], data=rows)}
+            self.wandb_run.log(values, step=step)
+        except Exception as error:
+            self.config = replace(self.config, wandb=False)
+            print(f"wandb failed, the run goes on without it: {error}", flush=True)
 
 
 def read_log(folder: str | Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -715,7 +737,7 @@ def main(config: Config):
     n_params = sum(p.numel() for p in raw_model.parameters())
     if rank == 0:
         start_folder(folder, config, n_params)
-        log = RunLog(folder, first_step)
+        log = RunLog(folder, config, first_step)
     print0(
         f"{folder} from step {first_step} | {n_params:,} parameters | {device}, {dtype} | "
         f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
@@ -767,6 +789,7 @@ def main(config: Config):
             with autocast:
                 texts = sample_texts(raw_model, encoding, SAMPLE_PROMPT, config.seed)
             print0("\n".join(f"{name} | sample {text!r}" for text in texts))
+            log.mirror(step, {"samples": texts})
         if step == config.max_steps:
             break
 

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -351,6 +352,58 @@ def test_two_processes_equal_one():
 
 
 # ---- Weights & Biases ----------------------------------------------------------------------------
+
+
+def wandb_records(file):
+    """The records of an offline run: pieces behind 4 bytes of checksum, 2 of length and 1 of kind,
+    none across a border of 32 KiB (LevelDB's log format, after a header of 7 bytes)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (room := 2**15 - at % 2**15) < 7:
+            at += room
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(record)
+            record = b""
+
+
+def test_weights_and_biases_gets_what_the_log_gets(monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    folder = train(wandb=True, sample_interval=5)
+    wandb.finish()
+    [file] = Path("wandb").glob("offline-run-*/*.wandb")
+    config, history = {}, []
+    for record in wandb_records(file):
+        config |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
+        items = record.history.item
+        history.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+    assert config["n_layer"] == 2 and config["lr"] == 1e-2
+    for stream, (steps, values) in read_log(folder).items():
+        sent = [(row["_step"], row[stream]) for row in history if stream in row]
+        assert [step for step, _ in sent] == steps
+        np.testing.assert_allclose([value for _, value in sent], values, atol=1e-6)
+    assert sum(any("samples" in name for name in row) for row in history) == 3
+
+
+@pytest.mark.parametrize("failing", ["init", "log"])
+def test_a_run_goes_on_where_weights_and_biases_fails(failing, monkeypatch, capsys):
+    wandb = pytest.importorskip("wandb")
+
+    def fail(*args, **settings):
+        raise RuntimeError("no network")
+
+    init = fail if failing == "init" else lambda **settings: SimpleNamespace(log=fail)
+    monkeypatch.setattr(wandb, "init", init)
+    folder = train(wandb=True)
+    assert log_lines(folder) == log_lines(train())
+    assert capsys.readouterr().out.count("no network") == 1
 
 
 def test_a_run_that_does_not_ask_for_it_imports_none_of_what_it_does_not_need():
