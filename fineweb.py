@@ -11,12 +11,14 @@ FineWeb-Edu: Penedo et al. 2024, https://huggingface.co/datasets/HuggingFaceFW/f
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import io
 import itertools
 import json
 import os
+import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -120,6 +122,22 @@ def only_text(rows: Iterable, origin: str | Path, advice: str) -> Iterator[str]:
     except Exception as error:  # json, pyarrow, the hub and the sockets each have their own
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise SystemExit(f"{origin}, line or row {number}: {reason}: {advice}") from error
+
+
+def standard_library() -> Iterator[str]:
+    """The sources of the running Python's standard library, without tests: code and English
+    (docstrings, and pydoc_data/topics.py, the language reference) that every machine has."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+    names = [file.relative_to(root).as_posix() for file in root.rglob("*.py")]
+    names = [name for name in names if skip.isdisjoint(name.split("/"))]
+    # In the order of a hash of the names neighbours have nothing in common, and it is the same
+    # everywhere: the beginning, which is held out, is like the rest.
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        with contextlib.suppress(UnicodeDecodeError):  # a few old files are not UTF-8
+            text = (root / name).read_text(encoding="utf-8")
+            if text:  # many an __init__.py is empty
+                yield text[:50_000]  # no table of characters should outweigh a hundred modules
 
 
 def tokenize(encoding: str, documents: list[str]) -> np.ndarray:

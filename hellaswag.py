@@ -12,6 +12,8 @@ build-nanogpt's hellaswag.py reports acc 0.2859 and acc_norm 0.2955.
 
 import json
 import os
+import random
+import re
 import urllib.request
 from contextlib import AbstractContextManager, nullcontext
 from http.client import HTTPException
@@ -72,6 +74,37 @@ def parse(data: bytes, source: str | Path) -> list[dict]:
         examples.append(example)
     if not examples:
         raise SystemExit(f"{source} is empty: fetch {URL} anew")
+    return examples
+
+
+def make_examples(
+    documents: list[str], count: int, context_chars: int = 112, ending_chars: int = 15, seed=0
+) -> list[dict]:
+    """`count` examples in HellaSwag's form from held-out code: which line really comes next?
+
+    A context ends with a line; each ending is the beginning of an indented line, and the wrong ones
+    come from elsewhere in the same documents. Lengths are in ASCII characters, so bytes: on a
+    byte-level model all endings are as long, and 112 + a space + 15 fill 128 tokens. SystemExit
+    where the documents have fewer than four such passages.
+    """
+    contexts = {}  # ending -> what it follows; a dict, so that the four always differ
+    for text in documents:
+        # `render` puts a space before an ending, so cut at an indentation's first
+        for cut in re.finditer(r"(?<=\n) (?=.)", text):
+            start, stop = cut.start() - context_chars, cut.end() + ending_chars
+            if start >= 0 and stop <= len(text) and text[start:stop].isascii():
+                contexts[text[cut.end() : stop]] = text[start : cut.start()]
+    if len(contexts) < 4:
+        raise SystemExit(
+            f"fewer than four passages of {context_chars} + 1 + {ending_chars} ASCII characters "
+            f"in {len(documents)} held-out documents: give it more or longer ones"
+        )
+    pool, rng, examples = list(contexts), random.Random(seed), []
+    for ind in range(count):
+        # four drawn alike, then a roll for the true one: no ending gives itself away
+        endings, label = rng.sample(pool, 4), rng.randrange(4)
+        example = {"ind": ind, "activity_label": "code", "ctx": contexts[endings[label]]}
+        examples.append(example | {"label": label, "endings": endings, "split": "val"})
     return examples
 
 

@@ -1,6 +1,7 @@
 """Reproduce GPT-2 (124M): from a folder of tokens to a trained model, in one file.
 
     python train_gpt2.py                     # the 124M run, on the shards that fineweb.py makes
+    python train_gpt2.py demo                # offline, on a CPU, two minutes
     python train_gpt2.py gpt2 --lr 1e-3      # every field of Config is a flag
     torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
@@ -130,6 +131,12 @@ PRESETS = {
         _SMALL, data_dir="shakespeare_char", block_size=64, max_steps=1600,
         total_batch_size=12 * 64, micro_batch_size=12, lr=4e-3, min_lr=0.0, warmup_steps=50,
         val_tokens=100_000, hellaswag_interval=0, checkpoint_interval=500,
+    ),
+    "demo": replace(
+        _SMALL, data_dir="demo_data", block_size=96, max_steps=750,
+        total_batch_size=12 * 96, micro_batch_size=6, lr=6e-3, min_lr=0.0, warmup_steps=100,
+        val_interval=250, val_tokens=50_000, hellaswag_interval=375, sample_interval=375,
+        checkpoint_interval=375,
     ),
 }  # fmt: skip
 
@@ -726,6 +733,8 @@ def main(config: Config):
     # rank 0 goes first: it fetches what is missing, and says once what is wrong
     run, prepared = [None], None
     if rank == 0:
+        if config.preset == "demo":
+            prepare_demo(config)
         run = [choose_run(config)]
         prepared = prepare(config, run[0][1])
     if world_size > 1:
@@ -765,6 +774,7 @@ def main(config: Config):
 
     micro_steps = itertools.product(range(first_step, config.max_steps), range(grad_accum_steps))
     batches = prefetch(fetch, micro_steps)
+    texts = []
     start = time.perf_counter()
     for step in range(first_step, config.max_steps + 1):
         name = f"step {step}/{config.max_steps}"
@@ -841,8 +851,64 @@ def main(config: Config):
     if rank == 0:
         raw_model.save_pretrained(folder / "hf")
     print0(f"done in {minutes:.1f} minutes: {folder}/hf loads in transformers and by --init_from")
+    if config.preset == "demo" and rank == 0:
+        report_demo(folder, texts)
     if world_size > 1:
         dist.destroy_process_group()
+
+
+# ---- the demo: the same run, on text that every Python installation has --------------------------
+
+
+def prepare_demo(config: Config):
+    """Make shards, and questions about their held-out text, once."""
+    folder = Path(config.data_dir)
+    if folder.exists():
+        return
+    print(f"making {folder}/ from the sources of Python's standard library, a token a byte")
+    aside = folder.with_name(folder.name + ".tmp")  # renamed when whole
+    shutil.rmtree(aside, ignore_errors=True)
+    documents = fineweb.standard_library()
+    fineweb.write_shards(documents, aside, "bytes", val_tokens=300_000, workers=1, name="stdlib")
+    tokens = np.concatenate(fineweb.open_shards(aside, "val", vocab_size=257))
+    text = fineweb.get_encoding("bytes").decode(tokens.tolist())
+    held_out = text.split("<|endoftext|>")
+    examples = hellaswag.make_examples(held_out, 200, context_chars=config.block_size - 16)
+    lines = "".join(json.dumps(example) + "\n" for example in examples)
+    (aside / "hellaswag_val.jsonl").write_text(lines)
+    os.replace(aside, folder)
+
+
+def report_demo(folder: Path, texts: list[str]):
+    """Say in a few lines, and in curve.png, what the demo has done."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # a picture in a file, no window
+    from matplotlib import pyplot as plt
+
+    streams = read_log(folder)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*streams["train"], label="train", linewidth=0.8)
+    if "val" in streams:
+        axes.plot(*streams["val"], label="validation", marker="o")
+    axes.set(xlabel="step", ylabel="loss, nats a byte", title="A small GPT reads Python's sources")
+    axes.legend()
+    figure.savefig(folder / "curve.png", dpi=120)
+    plt.close(figure)
+    print("\nWhat happened: a small GPT read Python's standard library, a byte at a time.")
+    if "val" in streams:
+        losses = streams["val"][1]
+        print(f"  validation loss  {losses[0]:.3f} -> {losses[-1]:.3f} nats a byte")
+    if "hella" in streams:
+        shares = streams["hella"][1]
+        print(
+            f"  the next line    found among four {shares[0]:.0%} -> {shares[-1]:.0%} (chance: 25%)"
+        )
+    for text in texts[:1]:
+        print(f"  a sample         {text!r}")
+    print(f"  the losses       {folder}/curve.png")
+    print("The real thing, GPT-2 124M on 10B tokens, on a machine with 8 GPUs:")
+    print("  python fineweb.py && torchrun --standalone --nproc_per_node=8 train_gpt2.py")
 
 
 def parse_arguments(arguments: list[str]) -> Config:

@@ -143,6 +143,13 @@ def test_gpt2_encoding(tmp_path):
     assert np.count_nonzero(stream(tmp_path) == 50256) == len(DOCUMENTS)
 
 
+def test_standard_library():
+    texts = list(fineweb.standard_library())
+    assert all(texts) and sum(map(len, texts)) > 5e6
+    assert Path(json.__file__).read_text(encoding="utf-8") in texts
+    assert Path(pytest.__file__).read_text(encoding="utf-8") not in texts  # site-packages
+
+
 BAD_SOURCES = [
     ("absent.txt", None, "does not exist"),
     ("a.docx", b"", "nothing to read"),

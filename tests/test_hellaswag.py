@@ -269,6 +269,25 @@ def test_the_real_validation_set():
     assert min(Counter(e["label"] for e in examples).values()) > 2400
 
 
+def test_made_examples():
+    documents = [file.read_text() for file in (Path(json.__file__), Path(os.__file__))]
+    documents += ["too short", "é " * 500]
+    examples = hellaswag.make_examples(documents, 800, seed=3)
+    assert examples == hellaswag.make_examples(documents, 800, seed=3)
+    assert examples != hellaswag.make_examples(documents, 800, seed=4)
+    for example in examples:
+        endings, true = example["endings"], example["endings"][example["label"]]
+        assert any(f"{example['ctx']} {true}" in document for document in documents)
+        assert len(set(endings)) == 4 and len(example["ctx"].encode()) == 112
+        assert all(len(ending.encode()) == 15 for ending in endings)
+        assert all(any(f"\n {ending}" in document for document in documents) for ending in endings)
+    assert all(150 < count < 250 for count in Counter(e["label"] for e in examples).values())
+    lines = "\n".join(map(json.dumps, examples)).encode()
+    assert hellaswag.parse(lines, "made") == examples
+    with pytest.raises(SystemExit, match="fewer than four passages"):
+        hellaswag.make_examples(["too short", "é " * 500, ""], 5)
+
+
 def test_importing_does_nothing(tmp_path):
     code = "import sys, hellaswag; assert not {'train_gpt2', 'fineweb'} & set(sys.modules)"
     done = subprocess.run(
