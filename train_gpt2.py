@@ -643,6 +643,25 @@ def resolve_micro_batch_size(config: Config, device: torch.device, world_size: i
     return config.micro_batch_size or math.gcd(sequences, largest)
 
 
+# dense rates of bfloat16 products (V100 and T4: float16) in FLOP/s, from the vendors' data sheets
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float:
+    """The GPU's peak in FLOP/s; nan where the table does not have it, and for CPUs."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rate for gpu, rate in PEAK_FLOPS.items() if gpu in name), math.nan)
+
+
+def flops_per_token(config: Config, n_params: int) -> int:
+    """Of forward and backward pass: 6 for each parameter, and 6 L C T for attention, half of the
+    12 L C T in appendix B of the PaLM paper, since a causal kernel skips the other half."""
+    return 6 * n_params + 6 * config.n_layer * config.n_embd * config.block_size
+
+
 # ---- the run -------------------------------------------------------------------------------------
 
 
@@ -774,6 +793,7 @@ def main(config: Config):
 
     micro_steps = itertools.product(range(first_step, config.max_steps), range(grad_accum_steps))
     batches = prefetch(fetch, micro_steps)
+    flops_per_step = flops_per_token(config, n_params) * config.total_batch_size
     texts = []
     start = time.perf_counter()
     for step in range(first_step, config.max_steps + 1):
@@ -840,9 +860,14 @@ def main(config: Config):
             getattr(torch, device.type).synchronize()  # the clock waits for the GPU
         dt = time.perf_counter() - t0
 
+        mfu = flops_per_step / dt / (peak_flops(device) * world_size)
+        steps_left = config.max_steps - step - 1
+        left = (time.perf_counter() - start) / (step + 1 - first_step) * steps_left / 60  # minutes
         print0(
             f"{name} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {dt * 1000:.0f} ms | "
-            f"{config.total_batch_size / dt:,.0f} tok/s"
+            f"{config.total_batch_size / dt:,.0f} tok/s | "
+            + (f"mfu {mfu:.2f} | " if math.isfinite(mfu) else "")
+            + f"left {left // 60:.0f}h{left % 60:02.0f}m"
         )
         if rank == 0:
             log.write(step, "train", loss)
@@ -851,6 +876,8 @@ def main(config: Config):
     if rank == 0:
         raw_model.save_pretrained(folder / "hf")
     print0(f"done in {minutes:.1f} minutes: {folder}/hf loads in transformers and by --init_from")
+    if device.type == "cuda":
+        print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB a GPU")
     if config.preset == "demo" and rank == 0:
         report_demo(folder, texts)
     if world_size > 1:

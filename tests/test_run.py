@@ -91,6 +91,20 @@ def test_validation_comes_every_interval_and_after_the_last_update():
     assert streams["val"][0] == [0, 4, 8, 10]
 
 
+def test_each_step_and_each_evaluation_prints_one_line(capsys):
+    train(sample_interval=5)
+    lines = capsys.readouterr().out.splitlines()
+    number = r"[\d.,e+-]+"
+    pattern = (
+        rf"step (\d+)/10 \| loss {number} \| lr {number} \| norm {number} \| {number} ms \| "
+        rf"{number} tok/s \| left \d+h\d\dm"
+    )
+    steps = [match[1] for line in lines if (match := re.fullmatch(pattern, line))]
+    assert steps == [str(step) for step in range(10)]
+    assert sum("| val " in line for line in lines) == 4
+    assert sum("| sample " in line for line in lines) == 3 * 4  # at 0, 5 and 10, four each
+
+
 def test_transformers_reads_the_export_and_gives_the_last_checkpoints_logits():
     folder = train()
     model = GPT(TINY)
