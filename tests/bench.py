@@ -1,0 +1,183 @@
+"""How much the project's choices bring, against the plain way: medians over interleaved rounds.
+
+    python tests/bench.py data         # waiting for batches: fetched ahead, or when needed
+    python tests/bench.py memory       # of one step of the 124M: this model, or transformers'
+    python tests/bench.py optimizer    # fused AdamW, or torch's default on a CPU
+    python tests/bench.py fineweb      # tokenizing on every core, or on one
+    python tests/bench.py hellaswag    # a batch of examples at a time, or one
+    python tests/bench.py shakespeare input.txt  # the preset, or nanoGPT's recipe for a CPU
+
+Each way is timed in turn, so that what else the machine does falls on all of them.
+"""
+
+import argparse
+import functools
+import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import fineweb
+import hellaswag
+import train_gpt2
+from train_gpt2 import GPT, PRESETS, Config, configure_optimizer, get_batch, prefetch
+
+ROUNDS = 5
+
+
+def clock(function, *args) -> float:
+    """Seconds that a call takes."""
+    t0 = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - t0
+
+
+def compare(title: str, unit: str, ways: dict) -> None:
+    """Call each way in turn, ROUNDS times; print the medians, and their ratios to the last."""
+    results = {name: [] for name in ways}
+    for _, (name, way) in itertools.product(range(ROUNDS), ways.items()):
+        results[name].append(way())
+    last = statistics.median(results[name])
+    print(f"{title} ({unit}; median of {ROUNDS}, from least to most)")
+    for name, r in results.items():
+        median = statistics.median(r)
+        print(f"  {name:25} {median:9.4g} {median / last:6.2f}x   {min(r):.4g} to {max(r):.4g}")
+
+
+def bench_data() -> None:
+    demo = PRESETS["demo"]
+    model = GPT(demo)
+    optimizer = configure_optimizer(model, demo, "cpu")
+
+    def waiting(feed, windows) -> float:
+        """Per cent of some steps' time spent in next(batches)."""
+        arguments = itertools.product(range(9), range(2))  # steps, micro-steps
+        batches = feed(lambda *at: get_batch(windows, demo, *at), arguments)
+        next(batches), next(batches)  # a step for the thread to get ahead
+        start, waited = time.perf_counter(), 0.0
+        for micro_step in range(16):
+            t0 = time.perf_counter()
+            x, y = next(batches)
+            waited += time.perf_counter() - t0
+            model(x, y)[1].backward()
+            if micro_step % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return 100 * waited / (time.perf_counter() - start)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = np.random.default_rng(0).integers(257, size=9_000_000).astype(np.uint16)
+        np.save(f"{folder}/x_train_000000.npy", tokens)
+        windows = train_gpt2.Windows(folder, "train", demo.block_size, demo.vocab_size)
+        ways = {"fetched ahead": prefetch, "fetched when needed": itertools.starmap}
+        ways = {name: lambda feed=feed: waiting(feed, windows) for name, feed in ways.items()}
+        compare("waiting for batches in the demo", "% of the time", ways)
+
+
+def bench_memory(way: str = "") -> None:
+    ways = ("this model", "transformers, plain loop")
+    if not way:  # each in a process of its own, since a process only knows its highest peak
+        command = [sys.executable, __file__, "memory"]
+        ways = {w: lambda w=w: float(subprocess.check_output([*command, w])) for w in ways}
+        return compare("peak memory of a step, 124M, 4 x 256 tokens, float32", "GiB", ways)
+    x, y = torch.randint(50257, (2, 4, 256))
+    if way == "this model":
+        model = GPT(Config())
+        optimizer = configure_optimizer(model, Config(), "cpu")
+        model(x, y)[1].backward()
+    else:
+        import transformers
+
+        no_dropout = transformers.GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        model = transformers.GPT2LMHeadModel(no_dropout).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4)
+        model(x, labels=x).loss.backward()
+    optimizer.step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+
+
+def bench_optimizer() -> None:
+    model = GPT(replace(Config(), n_layer=6))  # half the blocks: 82M parameters
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    fused, default = (configure_optimizer(model, Config(), name) for name in ("cpu", "other"))
+    ways = {"fused": lambda: clock(fused.step), "torch's default": lambda: clock(default.step)}
+    compare("an update of 82M parameters", "seconds", ways)
+
+
+def bench_fineweb() -> None:
+    documents = list(itertools.islice(fineweb.standard_library(), 400))
+
+    def shards(workers: int) -> float:
+        with tempfile.TemporaryDirectory() as out:
+            return clock(lambda: fineweb.write_shards(documents, out, "bytes", workers=workers))
+
+    ways = {"a worker a core": lambda: shards(0), "1 worker": lambda: shards(1)}
+    compare(f"{sum(map(len, documents)) / 1e6:.1f} MB to tokens, a token a byte", "seconds", ways)
+
+
+def bench_hellaswag() -> None:
+    documents = list(itertools.islice(fineweb.standard_library(), 20))
+    args = hellaswag.make_examples(documents, count=64), fineweb.get_encoding("bytes"), 128, "cpu"
+    way = functools.partial(clock, hellaswag.evaluate, GPT(PRESETS["demo"]), *args)
+    ways = {f"{n} at a time": functools.partial(way, n) for n in (8, 1)}
+    compare("64 examples, the demo's model", "seconds", ways)
+
+
+def bench_shakespeare(path: str) -> None:
+    """Each recipe once, training alone, on the same split: the last tenth is held out."""
+    tokens = np.fromfile(path, dtype=np.uint8).astype(np.uint16)
+    n = len(tokens) * 9 // 10
+    with tempfile.TemporaryDirectory() as folder:
+        np.save(f"{folder}/x_train_000000.npy", tokens[:n])
+        np.save(f"{folder}/x_val_000001.npy", tokens[n:])
+        preset = replace(PRESETS["shakespeare_char"], data_dir=folder, device="cpu")
+        off = dict.fromkeys(("val_interval", "sample_interval", "checkpoint_interval"), 0)
+        run = replace(preset, out_dir=f"{folder}/run", **off)
+        seconds = {"this preset": clock(train_gpt2.main, run)}
+        models = {"this preset": train_gpt2.load_model(run.out_dir)}
+        models["nanoGPT's recipe"] = model = GPT(preset)
+        train = torch.from_numpy(tokens[:n].astype(np.int64))
+        seconds["nanoGPT's recipe"] = clock(nanogpt_recipe, model, train)
+        windows = train_gpt2.Windows(folder, "val", preset.block_size, preset.vocab_size)
+        for name, model in models.items():
+            loss = train_gpt2.validation_loss(model, model, windows, preset)
+            print(f"  {name:18} {seconds[name]:6.1f} s   validation loss {loss:.4f}")
+
+
+def nanogpt_recipe(model: GPT, tokens: torch.Tensor, max_steps: int = 2000) -> None:
+    """The plain loop: random positions, AdamW, warm-up and cosine from 1e-3 to 1e-4."""
+    recipe = replace(
+        PRESETS["shakespeare_char"], lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99
+    )
+    recipe = replace(recipe, max_steps=max_steps, weight_decay=0.1)
+    optimizer = configure_optimizer(model, recipe, "other")  # for which there is no fused one
+    for step in range(max_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = train_gpt2.get_lr(step, recipe)
+        starts = torch.randint(len(tokens) - 64, (12,))
+        windows = torch.stack([tokens[i : i + 65] for i in starts])  # (B, T + 1)
+        loss = model(windows[:, :-1], windows[:, 1:])[1]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [name[6:] for name in globals() if name.startswith("bench_")]
+    parser.add_argument("name", choices=names)
+    parser.add_argument("argument", nargs="*", help="shakespeare: the text's path")
+    arguments = parser.parse_args()
+    globals()[f"bench_{arguments.name}"](*arguments.argument)
