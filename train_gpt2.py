@@ -768,7 +768,8 @@ def main(config: Config):
         log = RunLog(folder, config, first_step)
     print0(
         f"{folder} from step {first_step} | {n_params:,} parameters | {device}, {dtype} | "
-        f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
+        f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens | "
+        f"{config.max_steps * config.total_batch_size / T / len(windows['train']):.2f} epochs"
     )
 
     # two handles: raw_model for what comes in other shapes, model (compiled, wrapped) for the rest

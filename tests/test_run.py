@@ -115,6 +115,13 @@ def test_transformers_reads_the_export_and_gives_the_last_checkpoints_logits():
         torch.testing.assert_close(model.eval()(idx)[0], theirs(idx).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_a_run_says_at_the_start_how_often_it_reads_its_text(capsys):
+    train(max_steps=1)
+    shards = fineweb.open_shards("data", "train", 257)
+    n_windows = sum((len(shard) - 1) // 16 for shard in shards)
+    assert f"| {128 / 16 / n_windows:.2f} epochs\n" in capsys.readouterr().out
+
+
 def test_the_loss_falls():
     streams = read_log(train(max_steps=60))
     assert abs(streams["val"][1][0] - math.log(257)) < 0.2  # at first, every byte is as likely
