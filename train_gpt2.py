@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fineweb
 import hellaswag
+import runs
 
 # ---- hyperparameters: the part to tweak ----------------------------------------------------------
 
@@ -477,123 +478,6 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> li
     return [encoding.decode(row) for row in idx.tolist()]
 
 
-# ---- a run's folder: checkpoints and log ---------------------------------------------------------
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    return max(folder.glob("step_*.pt"), default=None)
-
-
-def choose_run(config: Config) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint in it to go on from, if any. SystemExit if that would
-    mix this run with another."""
-    runs = sorted(Path("log").glob(f"{config.preset}-[0-9][0-9][0-9]"))
-    unfinished = [run for run in runs if not (run / "hf").exists()]  # written last
-    if config.resume not in ("", "auto"):
-        folder = Path(config.resume)
-        if not newest_checkpoint(folder):
-            raise SystemExit(f"{folder} holds no step_*.pt: give --resume a run's folder, or auto")
-    elif config.out_dir:
-        folder = Path(config.out_dir)
-        used = [*folder.glob("config.json"), *folder.glob("log.txt"), *folder.glob("step_*.pt")]
-        if used and not config.resume:
-            raise SystemExit(f"{folder} holds a run: add --resume auto, or give another --out_dir")
-    elif config.resume and unfinished:
-        folder = unfinished[-1]
-    else:
-        folder = Path(f"log/{config.preset}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
-    return folder, newest_checkpoint(folder)
-
-
-def start_folder(folder: Path, config: Config, n_params: int):
-    """Make the folder, with config.json. SystemExit if it could not take a checkpoint."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    except OSError as error:
-        raise SystemExit(f"cannot write to {folder} ({error}): give another --out_dir") from None
-    free, needed = shutil.disk_usage(folder).free, 12 * n_params  # bytes: 3 float32 a parameter
-    if config.checkpoint_interval and free < needed:
-        raise SystemExit(f"{folder}: {free:,} bytes free, a checkpoint takes {needed:,}: make room")
-
-
-def save_checkpoint(folder: Path, step: int, config: Config, model, optimizer, scaler):
-    """Write step_NNNNNN.pt, after so many updates: tensors, numbers and strings alone. Data and
-    dropout are functions of the step, so no generator needs saving."""
-    path = folder / f"step_{step:06d}.pt"
-    states = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    checkpoint = {name: part.state_dict() for name, part in states.items()}
-    torch.save(checkpoint | {"step": step, "config": asdict(config)}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)  # whatever stops us, the file is whole or absent
-
-
-def load_checkpoint(path: Path) -> dict:
-    """What save_checkpoint wrote, on the CPU. SystemExit names a file that is not that."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"config": Config(**checkpoint["config"])}
-    except Exception as error:  # a torn zip, another pickle, other keys: torch raises all kinds
-        reason = str(error).split("\n")[0]
-        raise SystemExit(f"{path} is damaged: remove it to use the one before ({reason})") from None
-
-
-def check_same_experiment(config: Config, saved: Config, path: Path):
-    """SystemExit naming the hyperparameters in which a run would not go on as it began."""
-    names = [f.name for f in fields(Config)]
-    names = names[: names.index("data_dir")]  # what comes after it changes no loss
-    now, then = asdict(config), asdict(saved)
-    differ = [f"{name} {then[name]}, not {now[name]}" for name in names if now[name] != then[name]]
-    if differ:
-        raise SystemExit(f"{path} is of a run with {'; '.join(differ)}: give that run's flags")
-
-
-class RunLog:
-    """log.txt, a line `step stream value` for each number; Weights & Biases too, if asked for."""
-
-    def __init__(self, folder: Path, config: Config, first_step: int):
-        self.config, self.wandb_run = config, None
-        self.path = folder / "log.txt"
-        # a continued run does the steps since its checkpoint again: their lines go
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(line for line in lines if int(line.split()[0]) < first_step))
-        os.replace(aside, self.path)
-
-    def write(self, step: int, stream: str, value: float):
-        with open(self.path, "a") as file:
-            file.write(f"{step} {stream} {value:.6f}\n")
-        self.mirror(step, {stream: value})
-
-    def mirror(self, step: int, values: dict):
-        """Send numbers or tables of texts to Weights & Biases; the run outlives its failures."""
-        if not self.config.wandb:
-            return
-        try:
-            import wandb
-
-            self.wandb_run = self.wandb_run or wandb.init(
-                project="gpt2", name=self.path.parent.name, config=asdict(self.config)
-            )
-            if "samples" in values:
-                rows = [[text] for text in values["samples"]]
-                values = {"samples": wandb.Table(columns=["text"], data=rows)}
-            self.wandb_run.log(values, step=step)
-        except Exception as error:
-            self.config = replace(self.config, wandb=False)
-            print(f"wandb failed, the run goes on without it: {error}", flush=True)
-
-
-def read_log(folder: str | Path) -> dict[str, tuple[list[int], list[float]]]:
-    """A run's log.txt as {stream: (steps, values)}."""
-    streams = {}
-    for line in (Path(folder) / "log.txt").read_text().splitlines():
-        step, stream, value = line.split()
-        steps, values = streams.setdefault(stream, ([], []))
-        steps.append(int(step))
-        values.append(float(value))
-    return streams
-
-
 # ---- devices and ranks ---------------------------------------------------------------------------
 
 
@@ -668,16 +552,17 @@ def flops_per_token(config: Config, n_params: int) -> int:
 def model_of(checkpoint: dict, dropout: float) -> GPT:
     """A checkpoint's model, whose positions may be more than the windows it was trained on."""
     n_positions = len(checkpoint["model"]["transformer.wpe.weight"])
-    model = GPT(replace(checkpoint["config"], block_size=n_positions, dropout=dropout))
+    config = replace(Config(**checkpoint["config"]), block_size=n_positions, dropout=dropout)
+    model = GPT(config)
     model.load_state_dict(checkpoint["model"])
     return model
 
 
 def load_model(source: str, dropout: float = 0.0) -> GPT:
     """The newest weights of a run's folder, or whatever GPT.from_pretrained can load."""
-    path, exported = newest_checkpoint(Path(source)), Path(source) / "hf"
+    path, exported = runs.newest_checkpoint(Path(source)), Path(source) / "hf"
     if path:
-        return model_of(load_checkpoint(path), dropout)
+        return model_of(runs.load_checkpoint(path), dropout)
     return GPT.from_pretrained(exported if exported.is_dir() else source, dropout)
 
 
@@ -697,10 +582,20 @@ def check_config(config: Config):
         raise SystemExit(f"--n_embd {config.n_embd} does not divide into --n_head {config.n_head}")
 
 
+def check_same_experiment(config: Config, saved: Config, path: Path):
+    """SystemExit naming the hyperparameters in which a run would not go on as it began."""
+    names = [f.name for f in fields(Config)]
+    names = names[: names.index("data_dir")]  # what comes after it changes no loss
+    now, then = asdict(config), asdict(saved)
+    differ = [f"{name} {then[name]}, not {now[name]}" for name in names if now[name] != then[name]]
+    if differ:
+        raise SystemExit(f"{path} is of a run with {'; '.join(differ)}: give that run's flags")
+
+
 def prepare(config: Config, checkpoint_path: Path | None):
     """All that a run starts from: configuration, checkpoint, model (on the CPU), windows, encoding,
     HellaSwag's examples. Whatever is wrong with them is said here, before the first step."""
-    checkpoint = load_checkpoint(checkpoint_path) if checkpoint_path else None
+    checkpoint = runs.load_checkpoint(checkpoint_path) if checkpoint_path else None
     torch.manual_seed(config.seed)
     if checkpoint:
         model = model_of(checkpoint, config.dropout)
@@ -710,7 +605,7 @@ def prepare(config: Config, checkpoint_path: Path | None):
         names = ("n_layer", "n_head", "n_embd", "vocab_size")
         config = replace(config, **{name: getattr(model.config, name) for name in names})
     if checkpoint:
-        check_same_experiment(config, checkpoint["config"], checkpoint_path)
+        check_same_experiment(config, Config(**checkpoint["config"]), checkpoint_path)
     n_positions = model.config.block_size
     if config.block_size > n_positions:
         raise SystemExit(f"--block_size {config.block_size} is beyond {n_positions} positions")
@@ -754,7 +649,7 @@ def main(config: Config):
     if rank == 0:
         if config.preset == "demo":
             prepare_demo(config)
-        run = [choose_run(config)]
+        run = [runs.choose_run(config)]
         prepared = prepare(config, run[0][1])
     if world_size > 1:
         dist.broadcast_object_list(run)
@@ -764,8 +659,8 @@ def main(config: Config):
     first_step = checkpoint["step"] if checkpoint else 0
     n_params = sum(p.numel() for p in raw_model.parameters())
     if rank == 0:
-        start_folder(folder, config, n_params)
-        log = RunLog(folder, config, first_step)
+        runs.start_folder(folder, config, n_params)
+        log = runs.RunLog(folder, config, first_step)
     print0(
         f"{folder} from step {first_step} | {n_params:,} parameters | {device}, {dtype} | "
         f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens | "
@@ -802,7 +697,7 @@ def main(config: Config):
 
         # first, so that a run continued from here does all the rest of this turn again
         if is_due(config.checkpoint_interval, step) and step > first_step and rank == 0:
-            save_checkpoint(folder, step, config, raw_model, optimizer, scaler)
+            runs.save_checkpoint(folder, step, config, raw_model, optimizer, scaler)
         if is_due(config.val_interval, step):
             with autocast:
                 loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size)
@@ -849,7 +744,7 @@ def main(config: Config):
         # an infinite norm is float16's daily bread: the scaler skips the update and scales down
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             if rank == 0:
-                save_checkpoint(folder, step, config, raw_model, optimizer, scaler)
+                runs.save_checkpoint(folder, step, config, raw_model, optimizer, scaler)
             raise SystemExit(
                 f"step {step}: loss {loss}, norm {norm}. The weights from before this update are "
                 f"saved: go on from them with --init_from {folder} and a lower --lr"
@@ -914,7 +809,7 @@ def report_demo(folder: Path, texts: list[str]):
     matplotlib.use("Agg")  # a picture in a file, no window
     from matplotlib import pyplot as plt
 
-    streams = read_log(folder)
+    streams = runs.read_log(folder)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(*streams["train"], label="train", linewidth=0.8)
     if "val" in streams:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import fineweb
-from train_gpt2 import main, parse_arguments, read_log
+from runs import read_log
+from train_gpt2 import main, parse_arguments
 
 SMALLER = """
     --n_layer 2 --n_head 2 --n_embd 32 --block_size 32 --total_batch_size 256

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -253,7 +254,7 @@ def test_a_folder_that_cannot_be_written_is_named():
 
 def test_a_disk_without_room_for_a_checkpoint_is_found_at_the_start(monkeypatch):
     full = SimpleNamespace(free=9)
-    monkeypatch.setattr(train_gpt2.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(SystemExit, match="9 bytes free"):
         main(parse_arguments(arguments()))
 

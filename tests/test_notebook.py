@@ -35,8 +35,8 @@ def committed():
 
 
 def test_it_runs_from_a_clean_clone(committed, tmp_path, monkeypatch):
-    for name in ("train_gpt2.py", "fineweb.py", "hellaswag.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # not the user's own settings
     for cell in code_cells(committed):

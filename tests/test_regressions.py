@@ -15,7 +15,8 @@ import torch
 
 import fineweb
 import train_gpt2
-from train_gpt2 import GPT, Config, main, read_log
+from runs import read_log
+from train_gpt2 import GPT, Config, main
 
 ROOT = Path(train_gpt2.__file__).resolve().parent
 TINY = Config(

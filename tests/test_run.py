@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 import fineweb
 import train_gpt2
-from train_gpt2 import GPT, Config, load_checkpoint, main, read_log
+from runs import load_checkpoint, newest_checkpoint, read_log, save_checkpoint
+from train_gpt2 import GPT, Config, main
 
 SCRIPT = Path(train_gpt2.__file__).resolve()
 TEXT = "the cat sat on a mat and saw two red birds fly over green hills"
@@ -202,7 +203,7 @@ def test_init_from_begins_with_the_weights_of_a_run_or_an_export(source):
     first = train()
     second = train(init_from=f"{first}{source}", n_layer=5, seed=7)  # five layers: not listened to
     assert read_log(second)["val"][1][0] == pytest.approx(read_log(first)["val"][1][-1], abs=2e-6)
-    assert load_checkpoint(second / "step_000010.pt")["config"].n_layer == 2
+    assert load_checkpoint(second / "step_000010.pt")["config"]["n_layer"] == 2
 
 
 def test_a_prompt_prints_five_continuations_and_trains_nothing(capsys):
@@ -314,9 +315,9 @@ def test_a_write_that_breaks_leaves_the_earlier_checkpoint_alone(monkeypatch):
     monkeypatch.setattr(torch, "save", save)
     part = SimpleNamespace(state_dict=dict)
     with pytest.raises(OSError):
-        train_gpt2.save_checkpoint(folder, 10, TINY, part, part, part)
+        save_checkpoint(folder, 10, TINY, part, part, part)
     assert (folder / "step_000010.pt").read_bytes() == before
-    assert train_gpt2.newest_checkpoint(folder) == folder / "step_000010.pt"
+    assert newest_checkpoint(folder) == folder / "step_000010.pt"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_from_before(monkeypatch):
