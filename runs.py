@@ -7,25 +7,61 @@ needs; hf/, written last, the weights for other programs. `config` is train_gpt2
 import json
 import os
 import shutil
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the most updates."""
-    return max(folder.glob("step_*.pt"), default=None)
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """step_NNNNNN.pt of a folder, from the fewest updates to the most."""
+    paths = [path for path in folder.glob("step_*.pt") if path.stem[5:].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem[5:]))
 
 
-def choose_run(config) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint in it to go on from, if any. SystemExit if that would
-    mix this run with another."""
+def load_checkpoint(path: Path) -> dict:
+    """What save_checkpoint wrote, on the CPU. ValueError, one line, if the file is not that."""
+    try:
+        # each record of the archive carries its checksum, which torch.load does not look at
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()
+            # and it takes a record for an empty folder if its attributes, always 0, say so
+            torn = torn or next((r.filename for r in archive.infolist() if r.external_attr), None)
+        if torn:
+            raise ValueError(f"the checksum of {torn} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # plain data only
+        if checkpoint.keys() != {"model", "optimizer", "scaler", "step", "config"}:
+            raise ValueError("it is of another program")
+        return checkpoint
+    except Exception as error:  # a torn file, another pickle: zipfile and torch raise all kinds
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"{path} is damaged ({reason})") from None
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, dict | None]:
+    """The path and content of a folder's newest checkpoint that is whole; None, None where there
+    is no checkpoint. SystemExit where all are damaged."""
+    damage = None
+    for path in reversed(checkpoint_paths(folder)):
+        try:
+            return path, load_checkpoint(path)
+        except ValueError as error:
+            damage = error
+            print(f"{damage}: trying the one before", flush=True)
+    if damage:
+        raise SystemExit(f"{damage}, and so is every other: remove them to begin anew")
+    return None, None
+
+
+def choose_run(config) -> Path:
+    """The run's folder, there already or not. SystemExit if that would mix this run with
+    another."""
     runs = sorted(Path("log").glob(f"{config.preset}-[0-9][0-9][0-9]"))
     unfinished = [run for run in runs if not (run / "hf").exists()]  # written last
     if config.resume not in ("", "auto"):
         folder = Path(config.resume)
-        if not newest_checkpoint(folder):
+        if not checkpoint_paths(folder):
             raise SystemExit(f"{folder} holds no step_*.pt: give --resume a run's folder, or auto")
     elif config.out_dir:
         folder = Path(config.out_dir)
@@ -36,7 +72,7 @@ def choose_run(config) -> tuple[Path, Path | None]:
         folder = unfinished[-1]
     else:
         folder = Path(f"log/{config.preset}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
-    return folder, newest_checkpoint(folder)
+    return folder
 
 
 def start_folder(folder: Path, config, n_params: int):
@@ -59,15 +95,6 @@ def save_checkpoint(folder: Path, step: int, config, model, optimizer, scaler):
     checkpoint = {name: part.state_dict() for name, part in states.items()}
     torch.save(checkpoint | {"step": step, "config": asdict(config)}, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)  # whatever stops us, the file is whole or absent
-
-
-def load_checkpoint(path: Path) -> dict:
-    """What save_checkpoint wrote, on the CPU. SystemExit names a file that is not that."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn zip, another pickle, other keys: torch raises all kinds
-        reason = str(error).split("\n")[0]
-        raise SystemExit(f"{path} is damaged: remove it to use the one before ({reason})") from None
 
 
 class RunLog:

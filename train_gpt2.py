@@ -560,9 +560,10 @@ def model_of(checkpoint: dict, dropout: float) -> GPT:
 
 def load_model(source: str, dropout: float = 0.0) -> GPT:
     """The newest weights of a run's folder, or whatever GPT.from_pretrained can load."""
-    path, exported = runs.newest_checkpoint(Path(source)), Path(source) / "hf"
-    if path:
-        return model_of(runs.load_checkpoint(path), dropout)
+    _, checkpoint = runs.newest_checkpoint(Path(source))
+    if checkpoint:
+        return model_of(checkpoint, dropout)
+    exported = Path(source) / "hf"
     return GPT.from_pretrained(exported if exported.is_dir() else source, dropout)
 
 
@@ -582,20 +583,19 @@ def check_config(config: Config):
         raise SystemExit(f"--n_embd {config.n_embd} does not divide into --n_head {config.n_head}")
 
 
-def check_same_experiment(config: Config, saved: Config, path: Path):
+def check_same_experiment(config: Config, saved: Config):
     """SystemExit naming the hyperparameters in which a run would not go on as it began."""
     names = [f.name for f in fields(Config)]
     names = names[: names.index("data_dir")]  # what comes after it changes no loss
     now, then = asdict(config), asdict(saved)
     differ = [f"{name} {then[name]}, not {now[name]}" for name in names if now[name] != then[name]]
     if differ:
-        raise SystemExit(f"{path} is of a run with {'; '.join(differ)}: give that run's flags")
+        raise SystemExit(f"the run was begun with {'; '.join(differ)}: give that run's flags")
 
 
-def prepare(config: Config, checkpoint_path: Path | None):
-    """All that a run starts from: configuration, checkpoint, model (on the CPU), windows, encoding,
+def prepare(config: Config, checkpoint: dict | None):
+    """All else that a run starts from: configuration, model (on the CPU), windows, encoding,
     HellaSwag's examples. Whatever is wrong with them is said here, before the first step."""
-    checkpoint = runs.load_checkpoint(checkpoint_path) if checkpoint_path else None
     torch.manual_seed(config.seed)
     if checkpoint:
         model = model_of(checkpoint, config.dropout)
@@ -605,7 +605,7 @@ def prepare(config: Config, checkpoint_path: Path | None):
         names = ("n_layer", "n_head", "n_embd", "vocab_size")
         config = replace(config, **{name: getattr(model.config, name) for name in names})
     if checkpoint:
-        check_same_experiment(config, Config(**checkpoint["config"]), checkpoint_path)
+        check_same_experiment(config, Config(**checkpoint["config"]))
     n_positions = model.config.block_size
     if config.block_size > n_positions:
         raise SystemExit(f"--block_size {config.block_size} is beyond {n_positions} positions")
@@ -618,7 +618,7 @@ def prepare(config: Config, checkpoint_path: Path | None):
     if config.hellaswag_interval:
         own = Path(config.data_dir) / "hellaswag_val.jsonl"  # questions about the corpus itself
         examples = hellaswag.load(own if own.exists() else hellaswag.PATH)
-    return config, checkpoint, model, windows, encoding, examples
+    return config, model, windows, encoding, examples
 
 
 def main(config: Config):
@@ -645,17 +645,21 @@ def main(config: Config):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # rank 0 goes first: it fetches what is missing, and says once what is wrong
-    run, prepared = [None], None
+    paths = [None, None]  # of the run's folder, and of the checkpoint to go on from
     if rank == 0:
         if config.preset == "demo":
             prepare_demo(config)
-        run = [runs.choose_run(config)]
-        prepared = prepare(config, run[0][1])
+        folder = runs.choose_run(config)
+        checkpoint_path, checkpoint = runs.newest_checkpoint(folder)
+        prepared = prepare(config, checkpoint)
+        paths = [folder, checkpoint_path]
     if world_size > 1:
-        dist.broadcast_object_list(run)
-    folder, checkpoint_path = run[0]
-    prepared = prepared or prepare(config, checkpoint_path)
-    config, checkpoint, raw_model, windows, encoding, examples = prepared
+        dist.broadcast_object_list(paths)
+    if rank > 0:
+        folder, checkpoint_path = paths
+        checkpoint = runs.load_checkpoint(checkpoint_path) if checkpoint_path else None
+        prepared = prepare(config, checkpoint)
+    config, raw_model, windows, encoding, examples = prepared
     first_step = checkpoint["step"] if checkpoint else 0
     n_params = sum(p.numel() for p in raw_model.parameters())
     if rank == 0:

@@ -279,17 +279,62 @@ def test_resume_with_another_micro_batch_size_gives_the_same_losses():
         np.testing.assert_allclose(resumed[stream][1], losses[stream][1], atol=1e-5)
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_can_be_used(damage):
+def flip_a_bit(path):
+    """In the middle of the weights, where nothing but a checksum can tell."""
+    content = bytearray(path.read_bytes())
+    weight = load_checkpoint(path)["model"]["transformer.h.0.mlp.c_fc.weight"]
+    content[content.index(weight.numpy().tobytes()) + 1000] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"not a checkpoint"),
+    "torn": lambda path: path.write_bytes(path.read_bytes()[:-5000]),
+    "flipped": flip_a_bit,
+    "of another program": lambda path: torch.save({"weights": torch.ones(3)}, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, capsys):
     folder = train()
-    lines = log_lines(folder)
+    lines, final = log_lines(folder), weights(folder, 10)
     interrupt(folder, step=8)
-    path = folder / "step_000008.pt"
-    path.write_bytes(path.read_bytes()[:-5000] if damage is None else damage)
-    assert str(path) in error_of(resume="auto")
-    path.unlink()  # as the message says
+    DAMAGE[damage](folder / "step_000008.pt")
     train(resume="auto")
+    said = capsys.readouterr().out
+    assert f"{folder}/step_000008.pt is damaged" in said and "from step 4 " in said
     assert log_lines(folder) == lines
+    assert all(torch.equal(weights(folder, 10)[name], w) for name, w in final.items())
+
+
+def test_every_single_flipped_bit_is_found_or_changes_nothing():
+    w = torch.arange(9.0)
+    parts = {"model": {"w": w}, "optimizer": {}, "scaler": {}, "step": 3, "config": {}}
+    torch.save(parts, "small.pt")
+    whole, found = Path("small.pt").read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        Path("flipped.pt").write_bytes(flipped)
+        try:
+            read = load_checkpoint(Path("flipped.pt"))
+        except ValueError:
+            found += 1
+            continue
+        assert read["step"] == 3 and torch.equal(read["model"]["w"], w)
+    assert found > 2000  # much of so small a file is padding
+
+
+def test_checkpoints_that_are_all_damaged_end_in_one_line():
+    folder = train()
+    interrupt(folder, step=8)
+    for path in folder.glob("step_*.pt"):
+        path.write_bytes(b"damaged")
+    before = contents(folder)
+    assert "remove them" in error_of(resume="auto")
+    assert contents(folder) == before
 
 
 def test_a_checkpoint_holds_plain_data_only():
@@ -317,7 +362,7 @@ def test_a_write_that_breaks_leaves_the_earlier_checkpoint_alone(monkeypatch):
     with pytest.raises(OSError):
         save_checkpoint(folder, 10, TINY, part, part, part)
     assert (folder / "step_000010.pt").read_bytes() == before
-    assert newest_checkpoint(folder) == folder / "step_000010.pt"
+    assert newest_checkpoint(folder)[0] == folder / "step_000010.pt"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_from_before(monkeypatch):
