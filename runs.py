@@ -8,20 +8,26 @@ import json
 import os
 import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 
+def step_of(path: Path) -> int:
+    """The number of updates in a checkpoint's name, step_NNNNNN.pt."""
+    return int(path.stem.removeprefix("step_"))
+
+
 def checkpoint_paths(folder: Path) -> list[Path]:
-    """step_NNNNNN.pt of a folder, from the fewest updates to the most."""
-    paths = [path for path in folder.glob("step_*.pt") if path.stem[5:].isdecimal()]
-    return sorted(paths, key=lambda path: int(path.stem[5:]))
+    """A folder's checkpoints, from the fewest updates to the most."""
+    paths = (path for path in folder.glob("step_*.pt") if path.stem[5:].isdecimal())
+    return sorted(paths, key=step_of)
 
 
 def load_checkpoint(path: Path) -> dict:
-    """What save_checkpoint wrote, on the CPU. ValueError, one line, if the file is not that."""
+    """What a CheckpointWriter wrote, on the CPU. ValueError, one line, if the file is not that."""
     try:
         # each record of the archive carries its checksum, which torch.load does not look at
         with zipfile.ZipFile(path) as archive:
@@ -82,19 +88,67 @@ def start_folder(folder: Path, config, n_params: int):
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     except OSError as error:
         raise SystemExit(f"cannot write to {folder} ({error}): give another --out_dir") from None
-    free, needed = shutil.disk_usage(folder).free, 12 * n_params  # bytes: 3 float32 a parameter
+    # those that are kept, and one more while it is written, at 3 float32 a parameter
+    n = max(1, config.keep_checkpoints + 1 - len(checkpoint_paths(folder)))
+    free, needed = shutil.disk_usage(folder).free, n * 12 * n_params
     if config.checkpoint_interval and free < needed:
-        raise SystemExit(f"{folder}: {free:,} bytes free, a checkpoint takes {needed:,}: make room")
+        raise SystemExit(
+            f"{folder}: {free:,} bytes free, {n} checkpoints take {needed:,}: make room, or keep "
+            "fewer by --keep_checkpoints"
+        )
 
 
-def save_checkpoint(folder: Path, step: int, config, model, optimizer, scaler):
-    """Write step_NNNNNN.pt, after so many updates: tensors, numbers and strings alone. Data and
-    dropout are functions of the step, so no generator needs saving."""
-    path = folder / f"step_{step:06d}.pt"
-    states = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    checkpoint = {name: part.state_dict() for name, part in states.items()}
-    torch.save(checkpoint | {"step": step, "config": asdict(config)}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)  # whatever stops us, the file is whole or absent
+class CheckpointWriter:
+    """Writes checkpoints, step_NNNNNN.pt after so many updates, while the training goes on."""
+
+    def __init__(self, folder: Path, config):
+        self.folder, self.config = folder, config
+        self.copies = {}  # a tensor's address -> its copy on the host, made once and used again
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.pending = None
+
+    def save(self, step: int, model, optimizer, scaler):
+        """Copy all states to host memory, and leave the rest to a thread. Data and dropout are
+        functions of the step, so no generator needs saving."""
+        self.wait()  # the copies are in use until their file is written
+        states = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        checkpoint = {name: self.copy(part.state_dict()) for name, part in states.items()}
+        checkpoint |= {"step": step, "config": asdict(self.config)}  # numbers and strings alone
+        self.pending = self.thread.submit(self.write, step, checkpoint)
+
+    def copy(self, part):
+        """The same with every tensor copied; tied ones stay tied."""
+        if isinstance(part, torch.Tensor):
+            copy = self.copies.get(part.data_ptr())
+            if copy is None:  # a GPU writes pinned memory several times as fast
+                copy = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+                self.copies[part.data_ptr()] = copy
+            return copy.copy_(part)
+        if isinstance(part, dict):
+            return {key: self.copy(value) for key, value in part.items()}
+        return [self.copy(value) for value in part] if isinstance(part, list) else part
+
+    def write(self, step: int, checkpoint: dict):
+        path = self.folder / f"step_{step:06d}.pt"
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk itself, before it gets its name
+        os.replace(path.with_suffix(".tmp"), path)  # whatever stops us, it is whole or absent
+        self.remove_old(step)
+
+    def remove_old(self, step: int):
+        """Of the checkpoints up to this one leave the last few, and the archive."""
+        keep, interval = self.config.keep_checkpoints, self.config.archive_interval
+        paths = [path for path in checkpoint_paths(self.folder) if step_of(path) <= step]
+        for path in paths[:-keep] if keep else []:
+            if not interval or step_of(path) % interval:
+                path.unlink()
+
+    def wait(self):
+        """Until the last file is written."""
+        if self.pending:
+            self.pending.result()
 
 
 class RunLog:

@@ -106,8 +106,12 @@ class Config:
     """updates between HellaSwag evaluations"""
     sample_interval: int = 250
     """updates between samples"""
-    checkpoint_interval: int = 1000
+    checkpoint_interval: int = 250
     """updates between checkpoints, of 1.5 GB each for 124M parameters"""
+    keep_checkpoints: int = 2
+    """the last so many stay; 0: all"""
+    archive_interval: int = 5000
+    """checkpoints at its multiples stay too"""
     init_from: str = ""
     """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a run's folder"""
     resume: str = ""
@@ -665,6 +669,7 @@ def main(config: Config):
     if rank == 0:
         runs.start_folder(folder, config, n_params)
         log = runs.RunLog(folder, config, first_step)
+        writer = runs.CheckpointWriter(folder, config)
     print0(
         f"{folder} from step {first_step} | {n_params:,} parameters | {device}, {dtype} | "
         f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens | "
@@ -701,7 +706,7 @@ def main(config: Config):
 
         # first, so that a run continued from here does all the rest of this turn again
         if is_due(config.checkpoint_interval, step) and step > first_step and rank == 0:
-            runs.save_checkpoint(folder, step, config, raw_model, optimizer, scaler)
+            writer.save(step, raw_model, optimizer, scaler)
         if is_due(config.val_interval, step):
             with autocast:
                 loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size)
@@ -748,7 +753,8 @@ def main(config: Config):
         # an infinite norm is float16's daily bread: the scaler skips the update and scales down
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             if rank == 0:
-                runs.save_checkpoint(folder, step, config, raw_model, optimizer, scaler)
+                writer.save(step, raw_model, optimizer, scaler)
+                writer.wait()
             raise SystemExit(
                 f"step {step}: loss {loss}, norm {norm}. The weights from before this update are "
                 f"saved: go on from them with --init_from {folder} and a lower --lr"
@@ -774,6 +780,7 @@ def main(config: Config):
 
     minutes = (time.perf_counter() - start) / 60
     if rank == 0:
+        writer.wait()
         raw_model.save_pretrained(folder / "hf")
     print0(f"done in {minutes:.1f} minutes: {folder}/hf loads in transformers and by --init_from")
     if device.type == "cuda":

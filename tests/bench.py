@@ -3,6 +3,7 @@
     python tests/bench.py data         # waiting for batches: fetched ahead, or when needed
     python tests/bench.py memory       # of one step of the 124M: this model, or transformers'
     python tests/bench.py optimizer    # fused AdamW, or torch's default on a CPU
+    python tests/bench.py checkpoint   # what one costs the loop: written beside it, or in it
     python tests/bench.py fineweb      # tokenizing on every core, or on one
     python tests/bench.py hellaswag    # a batch of examples at a time, or one
     python tests/bench.py shakespeare input.txt  # the preset, or nanoGPT's recipe for a CPU
@@ -11,8 +12,10 @@ Each way is timed in turn, so that what else the machine does falls on all of th
 """
 
 import argparse
+import copy
 import functools
 import itertools
+import os
 import resource
 import statistics
 import subprocess
@@ -29,6 +32,7 @@ import torch
 
 import fineweb
 import hellaswag
+import runs
 import train_gpt2
 from train_gpt2 import GPT, PRESETS, Config, configure_optimizer, get_batch, prefetch
 
@@ -113,6 +117,65 @@ def bench_optimizer() -> None:
     fused, default = (configure_optimizer(model, Config(), name) for name in ("cpu", "other"))
     ways = {"fused": lambda: clock(fused.step), "torch's default": lambda: clock(default.step)}
     compare("an update of 82M parameters", "seconds", ways)
+
+
+def bench_checkpoint() -> None:
+    demo, scaler = PRESETS["demo"], torch.amp.GradScaler(enabled=False)
+
+    def learner(config) -> tuple:
+        """A model and its optimizer, with the moments that the first update makes."""
+        model = GPT(config)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer = configure_optimizer(model, config, "cpu")
+        optimizer.step()
+        return model, optimizer
+
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # on a disk, where /tmp may be memory
+        model, optimizer = learner(demo)
+        writer = runs.CheckpointWriter(Path(folder), demo)
+        x, y = torch.randint(257, (2, 6, 96))
+        stops, seconds = [], []
+
+        def steps(saves: bool) -> float:
+            t0 = time.perf_counter()
+            for step in range(50):
+                for _ in range(2):
+                    model(x, y)[1].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if saves and not step:  # the other 49 steps run beside the writing
+                    stops.append(clock(writer.save, step, model, optimizer, scaler))
+            seconds.append(time.perf_counter() - t0)
+            return seconds[-1]
+
+        ways = {"with a checkpoint": lambda: steps(True), "without": lambda: steps(False)}
+        compare("50 steps of the demo's model", "seconds", ways)
+        share = statistics.median(stops) / statistics.median(seconds)
+        print(f"  the loop stops for {share:.2%} of the time")
+
+        model, optimizer = learner(Config())
+        writer = runs.CheckpointWriter(Path(folder), Config())
+
+        def beside() -> float:
+            writer.wait()
+            return clock(writer.save, 0, model, optimizer, scaler)
+
+        def states() -> dict:
+            return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+        def in_the_loop() -> float:
+            writer.wait()
+            with open(f"{folder}/file", "wb") as file:
+                return clock(lambda: (torch.save(states(), file), os.fsync(file.fileno())))
+
+        ways = {
+            "written beside the loop": beside,
+            "a plain copy": lambda: clock(copy.deepcopy, states()),
+            "written in the loop": in_the_loop,
+        }
+        compare("the loop's stop for a checkpoint of 124M parameters", "seconds", ways)
+        writer.wait()
 
 
 def bench_fineweb() -> None:

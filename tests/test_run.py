@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +22,14 @@ from torch.nn import functional as F
 
 import fineweb
 import train_gpt2
-from runs import load_checkpoint, newest_checkpoint, read_log, save_checkpoint
-from train_gpt2 import GPT, Config, main
+from runs import (
+    CheckpointWriter,
+    checkpoint_paths,
+    load_checkpoint,
+    newest_checkpoint,
+    read_log,
+)
+from train_gpt2 import GPT, Config, get_lr, main
 
 SCRIPT = Path(train_gpt2.__file__).resolve()
 TEXT = "the cat sat on a mat and saw two red birds fly over green hills"
@@ -31,7 +38,7 @@ TINY = Config(
     preset="tiny", n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=257,
     total_batch_size=128, micro_batch_size=4, max_steps=10, lr=1e-2, min_lr=1e-3, warmup_steps=2,
     data_dir="data", device="cpu", dtype="float32", compile=False, val_interval=4, val_tokens=160,
-    hellaswag_interval=0, sample_interval=0, checkpoint_interval=4,
+    hellaswag_interval=0, sample_interval=0, checkpoint_interval=4, keep_checkpoints=0,
 )  # fmt: skip
 
 
@@ -351,18 +358,63 @@ def test_a_checkpoint_holds_plain_data_only():
 
 
 def test_a_write_that_breaks_leaves_the_earlier_checkpoint_alone(monkeypatch):
-    def save(checkpoint, path):
-        Path(path).write_bytes(b"half")
+    def save(checkpoint, file):
+        file.write(b"half")
         raise OSError("disk full")
 
     folder = train()
     before = (folder / "step_000010.pt").read_bytes()
     monkeypatch.setattr(torch, "save", save)
     part = SimpleNamespace(state_dict=dict)
+    writer = CheckpointWriter(folder, TINY)
+    writer.save(10, part, part, part)
     with pytest.raises(OSError):
-        save_checkpoint(folder, 10, TINY, part, part, part)
+        writer.wait()
     assert (folder / "step_000010.pt").read_bytes() == before
     assert newest_checkpoint(folder)[0] == folder / "step_000010.pt"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch):
+    written, save = threading.Event(), torch.save
+
+    def slow(checkpoint, file):
+        assert written.wait(60), "the next step never came"
+        save(checkpoint, file)
+
+    def step_6(step, config):  # asked for while the checkpoint of step 4 is being written
+        if step == 6:
+            written.set()
+        return get_lr(step, config)
+
+    whole = train(checkpoint_interval=4)
+    monkeypatch.setattr(torch, "save", slow)
+    monkeypatch.setattr(train_gpt2, "get_lr", step_6)
+    folder = train(checkpoint_interval=4)
+    # and it holds the weights of its own step, not those that came meanwhile
+    assert all(torch.equal(weights(folder, 4)[name], w) for name, w in weights(whole, 4).items())
+
+
+@pytest.mark.parametrize(
+    "keep, archive, left",
+    [(1, 0, [10]), (2, 0, [8, 10]), (2, 4, [4, 8, 10]), (1, 6, [6, 10]), (0, 0, [2, 4, 6, 8, 10])],
+)
+def test_the_last_checkpoints_stay_and_those_of_the_archive(keep, archive, left):
+    folder = train(checkpoint_interval=2, keep_checkpoints=keep, archive_interval=archive)
+    assert [int(path.stem[5:]) for path in checkpoint_paths(folder)] == left
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_however_many(tmp_path):
+    for name in ("step_1000000.pt", "step_000250.pt", "step_999999.pt", "step_x.pt", "step_.pt"):
+        (tmp_path / name).touch()
+    steps = [int(path.stem[5:]) for path in checkpoint_paths(tmp_path)]
+    assert steps == [250, 999_999, 1_000_000]
+
+
+def test_tied_weights_take_the_room_of_one():
+    folder = train()
+    model = GPT(TINY)
+    n_bytes = 12 * sum(p.numel() for p in model.parameters())  # weights and AdamW's two moments
+    assert n_bytes < (folder / "step_000010.pt").stat().st_size < 1.25 * n_bytes
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_from_before(monkeypatch):
