@@ -4,6 +4,8 @@ config.json has the hyperparameters, log.txt the numbers, step_NNNNNN.pt all tha
 needs; hf/, written last, the weights for other programs. `config` is train_gpt2.py's Config.
 """
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -13,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 
 def step_of(path: Path) -> int:
@@ -78,6 +81,7 @@ def choose_run(config) -> Path:
         folder = unfinished[-1]
     else:
         folder = Path(f"log/{config.preset}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
+    log_entries(folder)  # a damaged line is said now, before anything is written
     return folder
 
 
@@ -106,11 +110,14 @@ class CheckpointWriter:
         self.copies = {}  # a tensor's address -> its copy on the host, made once and used again
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending = None
+        self.failure = ""  # why the last attempt failed
 
     def save(self, step: int, model, optimizer, scaler):
         """Copy all states to host memory, and leave the rest to a thread. Data and dropout are
         functions of the step, so no generator needs saving."""
         self.wait()  # the copies are in use until their file is written
+        if self.failure and not self.has_room():
+            return  # tried again at every step: it should not stop the loop for nothing
         states = {"model": model, "optimizer": optimizer, "scaler": scaler}
         checkpoint = {name: self.copy(part.state_dict()) for name, part in states.items()}
         checkpoint |= {"step": step, "config": asdict(self.config)}  # numbers and strings alone
@@ -128,14 +135,32 @@ class CheckpointWriter:
             return {key: self.copy(value) for key, value in part.items()}
         return [self.copy(value) for value in part] if isinstance(part, list) else part
 
+    def has_room(self) -> bool:
+        needed = sum(copy.nbytes for copy in self.copies.values())
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(self.folder).free > needed
+        return False  # the disk is gone
+
     def write(self, step: int, checkpoint: dict):
+        """Where that fails the run goes on: `failure` says why until a later attempt succeeds."""
         path = self.folder / f"step_{step:06d}.pt"
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk itself, before it gets its name
-        os.replace(path.with_suffix(".tmp"), path)  # whatever stops us, it is whole or absent
-        self.remove_old(step)
+        aside = path.with_suffix(".tmp")
+        try:
+            if not self.has_room():  # do not take the last bytes from the log
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with open(aside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())  # on the disk itself, before it gets its name
+            os.replace(aside, path)  # whatever stops us, it is whole or absent
+            self.remove_old(step)  # and only now is any other file dispensable
+            self.failure = ""
+        except (OSError, RuntimeError) as error:
+            # torch's archive writer raises an error of its own over the file's
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            self.failure = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
     def remove_old(self, step: int):
         """Of the checkpoints up to this one leave the last few, and the archive."""
@@ -158,14 +183,20 @@ class RunLog:
         self.config, self.wandb_run = config, None
         self.path = folder / "log.txt"
         # a continued run does the steps since its checkpoint again: their lines go
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        lines = [line_of(*entry) for entry in log_entries(folder) if entry[0] < first_step]
         aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(line for line in lines if int(line.split()[0]) < first_step))
+        aside.write_text("".join(lines))
         os.replace(aside, self.path)
+        self.size, self.unwritten = self.path.stat().st_size, ""
 
     def write(self, step: int, stream: str, value: float):
-        with open(self.path, "a") as file:
-            file.write(f"{step} {stream} {value:.6f}\n")
+        self.unwritten += line_of(step, stream, value)
+        with contextlib.suppress(OSError):  # on a full disk the lines wait
+            with open(self.path, "r+b") as file:
+                file.truncate(self.size)  # a line may have been cut off
+                file.seek(self.size)
+                file.write(self.unwritten.encode())
+            self.size, self.unwritten = self.size + len(self.unwritten), ""
         self.mirror(step, {stream: value})
 
     def mirror(self, step: int, values: dict):
@@ -187,12 +218,44 @@ class RunLog:
             print(f"wandb failed, the run goes on without it: {error}", flush=True)
 
 
+def export(model, folder: Path):
+    """Write hf/, whole or not at all, for it marks a run as finished. SystemExit if it cannot."""
+    aside = folder / "hf.tmp"
+    try:
+        model.save_pretrained(aside)
+        shutil.rmtree(folder / "hf", ignore_errors=True)
+        os.replace(aside, folder / "hf")
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(
+            f"{folder}/hf cannot be written ({error}): make room, and give --resume {folder}"
+        ) from None
+
+
+def line_of(step: int, stream: str, value: float) -> str:
+    return f"{step} {stream} {value:.6f}\n"
+
+
+def log_entries(folder: str | Path) -> list[tuple[int, str, float]]:
+    """(step, stream, value) for each line of a run's log.txt. SystemExit names a damaged line."""
+    path = Path(folder) / "log.txt"
+    lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else [""]
+    entries = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last \n was cut off
+        try:
+            step, stream, value = line.split(" ")
+            entries.append((int(step), stream, float(value)))
+        except ValueError:
+            raise SystemExit(
+                f"{path}, line {number}: {line[:40]!r} is not `step stream value`: remove it"
+            ) from None
+    return entries
+
+
 def read_log(folder: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     """A run's log.txt as {stream: (steps, values)}."""
     streams = {}
-    for line in (Path(folder) / "log.txt").read_text().splitlines():
-        step, stream, value = line.split()
+    for step, stream, value in log_entries(folder):
         steps, values = streams.setdefault(stream, ([], []))
-        steps.append(int(step))
-        values.append(float(value))
+        steps.append(step)
+        values.append(value)
     return streams

@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -488,7 +488,8 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> li
 def print0(text: str):
     """Print on the first rank only."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(text, flush=True)
+        with suppress(OSError):  # standard output may be a file on a full disk
+            print(text, flush=True)
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
@@ -705,7 +706,8 @@ def main(config: Config):
         name = f"step {step}/{config.max_steps}"
 
         # first, so that a run continued from here does all the rest of this turn again
-        if is_due(config.checkpoint_interval, step) and step > first_step and rank == 0:
+        due = is_due(config.checkpoint_interval, step) and step > first_step
+        if rank == 0 and (due or writer.failure):
             writer.save(step, raw_model, optimizer, scaler)
         if is_due(config.val_interval, step):
             with autocast:
@@ -769,19 +771,22 @@ def main(config: Config):
         mfu = flops_per_step / dt / (peak_flops(device) * world_size)
         steps_left = config.max_steps - step - 1
         left = (time.perf_counter() - start) / (step + 1 - first_step) * steps_left / 60  # minutes
-        print0(
-            f"{name} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {dt * 1000:.0f} ms | "
-            f"{config.total_batch_size / dt:,.0f} tok/s | "
-            + (f"mfu {mfu:.2f} | " if math.isfinite(mfu) else "")
-            + f"left {left // 60:.0f}h{left % 60:02.0f}m"
-        )
+        line = f"{name} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {dt * 1000:.0f} ms | "
+        line += f"{config.total_batch_size / dt:,.0f} tok/s | "
+        line += f"mfu {mfu:.2f} | " if math.isfinite(mfu) else ""
+        line += f"left {left // 60:.0f}h{left % 60:02.0f}m"
+        if rank == 0 and writer.failure:
+            line += f" | checkpoint not written: {writer.failure}"
+        print0(line)
         if rank == 0:
             log.write(step, "train", loss)
 
     minutes = (time.perf_counter() - start) / 60
     if rank == 0:
         writer.wait()
-        raw_model.save_pretrained(folder / "hf")
+        runs.export(raw_model, folder)
+        if writer.failure:
+            print0(f"the last checkpoint is not written: {writer.failure}")
     print0(f"done in {minutes:.1f} minutes: {folder}/hf loads in transformers and by --init_from")
     if device.type == "cuda":
         print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB a GPU")

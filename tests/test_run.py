@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -24,6 +25,7 @@ import fineweb
 import train_gpt2
 from runs import (
     CheckpointWriter,
+    RunLog,
     checkpoint_paths,
     load_checkpoint,
     newest_checkpoint,
@@ -368,10 +370,83 @@ def test_a_write_that_breaks_leaves_the_earlier_checkpoint_alone(monkeypatch):
     part = SimpleNamespace(state_dict=dict)
     writer = CheckpointWriter(folder, TINY)
     writer.save(10, part, part, part)
-    with pytest.raises(OSError):
-        writer.wait()
+    writer.wait()
+    assert writer.failure == "disk full" and not list(folder.glob("*.tmp"))
     assert (folder / "step_000010.pt").read_bytes() == before
     assert newest_checkpoint(folder)[0] == folder / "step_000010.pt"
+
+
+def test_a_run_outlives_a_disk_that_takes_no_checkpoint_and_saves_when_it_can(monkeypatch, capsys):
+    def limit(n_bytes):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+
+    def step_by_step(step, config):
+        limit(100_000 if 10 <= step < 16 else resource.RLIM_INFINITY)  # a checkpoint has 440,000
+        return get_lr(step, config)
+
+    settings = {"checkpoint_interval": 3, "keep_checkpoints": 1, "max_steps": 20}
+    lines = log_lines(train(**settings))
+    capsys.readouterr()
+    monkeypatch.setattr(train_gpt2, "get_lr", step_by_step)
+    seen = []
+    monkeypatch.setattr(train_gpt2, "print0", lambda text: seen.append((text, files())))
+
+    def files():
+        return sorted(path.name for path in Path("log").glob("tiny-002/step_*"))
+
+    folder = train(**settings)
+    steps = [(text, names) for text, names in seen if "| loss" in text]
+    said = [i for i, (text, _) in enumerate(steps) if "not written: File too large" in text]
+    assert {13, 14, 15} <= set(said) <= set(range(9, 19)), said  # writing takes a step or more
+    assert all(any(name.endswith(".pt") for name in names) for _, names in steps[9:])
+    assert [path.name for path in checkpoint_paths(folder)] == ["step_000020.pt"]
+    assert log_lines(folder) == lines
+
+
+def test_lines_that_a_full_disk_did_not_take_come_later():
+    folder = train()
+    log = RunLog(folder, TINY, first_step=4)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.size + 9, resource.RLIM_INFINITY))
+    try:
+        log.write(4, "train", 1.5)  # "4 train 1" fits
+        log.write(5, "train", 2.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert read_log(folder)["train"][0] == [0, 1, 2, 3]
+    log.write(6, "train", 3.5)
+    assert log_lines(folder)[-3:] == ["4 train 1.500000", "5 train 2.500000", "6 train 3.500000"]
+
+
+def test_an_export_that_breaks_leaves_the_run_unfinished():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    try:
+        assert "--resume log/tiny-001" in error_of(checkpoint_interval=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert not Path("log/tiny-001/hf").exists()
+    assert train(resume="auto") == Path("log/tiny-001")
+    transformers.GPT2LMHeadModel.from_pretrained("log/tiny-001/hf")
+
+
+@pytest.mark.parametrize("line", ["4 train", "x train 1.0", "4 train one", "\0\xff", "4  train 1"])
+def test_a_damaged_line_of_the_log_is_named_and_nothing_is_written(line):
+    folder = train()
+    interrupt(folder, step=4)
+    path = folder / "log.txt"
+    path.write_text("0 train 5.5\n" + line + "\n")
+    before = contents(folder)
+    assert f"{path}, line 2" in error_of(resume="auto")
+    assert contents(folder) == before
+
+
+def test_a_last_line_that_was_cut_off_is_dropped():
+    folder = train()
+    lines = log_lines(folder)
+    interrupt(folder, step=4)
+    with open(folder / "log.txt", "a") as file:
+        file.write("5 tra")
+    train(resume="auto")
+    assert log_lines(folder) == lines
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch):
