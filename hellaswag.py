@@ -15,6 +15,7 @@ import os
 import random
 import re
 import urllib.request
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from http.client import HTTPException
 from pathlib import Path
@@ -179,12 +180,14 @@ def evaluate(
     world_size: int = 1,
     progress: bool = False,
     autocast: AbstractContextManager | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Counts:
     """Score this rank's share of `examples`, `batch_size` of them (four rows each) at a time.
 
     `model` maps idx (R, N) to (logits (R, N, V), anything) and is left in the mode it was found
     in; give the bare one, as shapes change. `autocast` must bear being entered again and again,
-    as torch.autocast does. A row longer than `block_size` loses its oldest context; SystemExit,
+    as torch.autocast does. `stop` is asked before each batch, and may end the evaluation early.
+    A row longer than `block_size` loses its oldest context; SystemExit,
     before the model runs, where an ending and one token before it do not fit.
     """
     rows = []
@@ -204,6 +207,8 @@ def evaluate(
     bar = tqdm(total=len(rows), unit="example", disable=not progress)
     try:
         for start in range(0, len(rows), batch_size):
+            if stop():
+                break
             tokens, mask, label = zip(*rows[start : start + batch_size], strict=True)
             # Padding on the right is harmless: under a causal mask no position sees what comes
             # after it, and nothing after a row's ending is scored.

@@ -1,15 +1,20 @@
-"""A run's folder: what a run leaves on the disk, and how the next one finds it.
+"""What a run needs to survive: its folder, its log, its checkpoints, and an ear for signals.
 
-config.json has the hyperparameters, log.txt the numbers, step_NNNNNN.pt all that a continued run
-needs; hf/, written last, the weights for other programs. `config` is train_gpt2.py's Config.
+In the folder config.json has the hyperparameters, log.txt the numbers, step_NNNNNN.pt all that a
+continued run needs; hf/, written last, the weights for other programs. `config` is train_gpt2.py's
+Config.
 """
 
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
+import signal
+import time
 import zipfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -216,6 +221,27 @@ class RunLog:
         except Exception as error:
             self.config = replace(self.config, wandb=False)
             print(f"wandb failed, the run goes on without it: {error}", flush=True)
+
+
+class StopSignal:
+    """Notes a signal, so that the run can stop where nothing is lost; a second stops it at once."""
+
+    def __init__(self, signals: Iterable[signal.Signals]):
+        self.signum, self.noted_at = 0, math.inf
+        for signum in signals:
+            signal.signal(signum, self.note)
+
+    def note(self, signum: int, frame):
+        # within a second it is the same one: torchrun passes on what the terminal gave to all
+        if time.monotonic() > self.noted_at + 1:
+            os._exit(128 + signum)
+        if not self.signum and int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more: at once\n")
+        self.signum, self.noted_at = signum, min(self.noted_at, time.monotonic())
+
+    def __call__(self) -> bool:
+        """Whether this rank got one."""
+        return self.signum > 0
 
 
 def export(model, folder: Path):

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections import deque
@@ -454,14 +455,25 @@ def sum_over_ranks(*values: float, device: torch.device) -> list[float]:
 
 
 @torch.no_grad()
-def validation_loss(model, raw_model: GPT, windows: Windows, config: Config, rank=0, world_size=1):
-    """Mean cross-entropy in nats of the split's first val_tokens tokens; ranks share them out."""
+def validation_loss(
+    model,
+    raw_model: GPT,
+    windows: Windows,
+    config: Config,
+    rank=0,
+    world_size=1,
+    stop=lambda: False,
+) -> float:
+    """Mean cross-entropy in nats of the split's first val_tokens tokens; ranks share them out.
+    `stop` is asked before each batch, and may end the evaluation early."""
     device, B = raw_model.lm_head.weight.device, config.micro_batch_size
     n_windows = max(1, min(config.val_tokens // config.block_size, len(windows)))
     mine = range(rank, n_windows, world_size)
     total = 0.0
     raw_model.eval()
     for i in range(0, len(mine), B):
+        if stop():
+            break
         x, y = windows.stack(mine[i : i + B])
         whole = len(x) == B  # another shape would be compiled anew
         _, loss = (model if whole else raw_model)(x.to(device), y.to(device))
@@ -626,8 +638,9 @@ def prepare(config: Config, checkpoint: dict | None):
     return config, model, windows, encoding, examples
 
 
-def main(config: Config):
-    """Train as the configuration says. SystemExit, one line, for what its user can mend."""
+def main(config: Config, signals: Iterable[signal.Signals] = ()):
+    """Train as the configuration says; one of the signals ends that after the step, with a
+    checkpoint. SystemExit, one line, for what its user can mend."""
     check_config(config)
     rank = int(os.environ.get("RANK", 0))  # torchrun's variables
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -697,10 +710,15 @@ def main(config: Config):
     def is_due(interval: int, step: int) -> bool:
         return interval > 0 and (step % interval == 0 or step == config.max_steps)
 
+    def stopping() -> bool:
+        """Whether any rank got a signal: all must stop at the same step."""
+        return any(sum_over_ranks(stop.signum, device=device))
+
     micro_steps = itertools.product(range(first_step, config.max_steps), range(grad_accum_steps))
     batches = prefetch(fetch, micro_steps)
     flops_per_step = flops_per_token(config, n_params) * config.total_batch_size
     texts = []
+    stop = runs.StopSignal(signals)
     start = time.perf_counter()
     for step in range(first_step, config.max_steps + 1):
         name = f"step {step}/{config.max_steps}"
@@ -709,16 +727,24 @@ def main(config: Config):
         due = is_due(config.checkpoint_interval, step) and step > first_step
         if rank == 0 and (due or writer.failure):
             writer.save(step, raw_model, optimizer, scaler)
+        if stopped := stopping():
+            break
         if is_due(config.val_interval, step):
             with autocast:
-                loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size)
+                loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size,
+                                       stop)  # fmt: skip
+            if stopped := stopping():
+                break
             print0(f"{name} | val {loss:.4f}")
             if rank == 0:
                 log.write(step, "val", loss)
         if is_due(config.hellaswag_interval, step):
             counts = hellaswag.evaluate(raw_model, examples, encoding, T, device, rank=rank,
-                                        world_size=world_size, autocast=autocast)  # fmt: skip
+                                        world_size=world_size, autocast=autocast,
+                                        stop=stop)  # fmt: skip
             counts = hellaswag.Counts(*sum_over_ranks(*counts, device=device))
+            if stopped := stopping():
+                break
             print0(f"{name} | hella {counts.acc_norm:.4f}")
             if rank == 0:
                 log.write(step, "hella", counts.acc_norm)
@@ -781,6 +807,14 @@ def main(config: Config):
         if rank == 0:
             log.write(step, "train", loss)
 
+    if stopped:
+        if rank == 0:
+            writer.save(step, raw_model, optimizer, scaler)
+            writer.wait()
+            saved = f"not saved: {writer.failure}" if writer.failure else "saved"
+            print0(f"{name} | stopped, {saved} | the same command with --resume auto goes on")
+        stopping()  # all wait here: torchrun would end the first rank when another one has left
+        raise SystemExit(128 + (stop.signum or signal.SIGTERM))
     minutes = (time.perf_counter() - start) / 60
     if rank == 0:
         writer.wait()
@@ -865,6 +899,9 @@ def parse_arguments(arguments: list[str]) -> Config:
 
 if __name__ == "__main__":
     try:
-        main(parse_arguments(sys.argv[1:]))
+        # Ctrl-C; and what clouds and schedulers send before they take a machine away
+        main(parse_arguments(sys.argv[1:]), (signal.SIGINT, signal.SIGTERM))
+    except KeyboardInterrupt:  # before the first step
+        sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
         sys.exit("out of GPU memory: halve --micro_batch_size, which leaves the losses the same")

@@ -1,0 +1,129 @@
+"""Runs that are stopped, killed and started again, as real processes: in the end they are the runs
+that nothing happened to, bit for bit."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fineweb
+import train_gpt2
+from runs import checkpoint_paths, load_checkpoint, step_of
+
+SCRIPT = Path(train_gpt2.__file__).resolve()
+FLAGS = {
+    "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "total_batch_size": 1024,
+    "micro_batch_size": 16, "max_steps": 60, "dropout": 0.1, "data_dir": "data", "device": "cpu",
+    "dtype": "float32", "val_interval": 20, "val_tokens": 1000, "sample_interval": 0,
+    "checkpoint_interval": 10, "keep_checkpoints": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with shards in data/, and in whole/ a run of FLAGS that nothing happened to."""
+    folder = tmp_path_factory.mktemp("workshop")
+    rng = random.Random(0)
+    documents = ["".join(rng.choices("abcdef \n", k=200)) for _ in range(600)]
+    fineweb.write_shards(
+        documents, folder / "data", "bytes", shard_size=40_000, val_tokens=5000, workers=1
+    )
+    finish(folder, "whole")
+    return folder
+
+
+def start(folder, ranks=1, torchrun=(), **settings) -> subprocess.Popen:
+    """The script as a user runs it, in the background; both outputs come as one."""
+    line = [sys.executable, str(SCRIPT)]
+    if ranks > 1:
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", *torchrun,
+                f"--nproc_per_node={ranks}", str(SCRIPT)]  # fmt: skip
+    flags = [a for k, v in (FLAGS | settings).items() for a in (f"--{k}", str(v))]
+    return subprocess.Popen(
+        [*line, "shakespeare_char", *flags], cwd=folder, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def read_until(process, pattern: str, seconds: float = 60) -> str:
+    """What the process puts out up to the line with the pattern, which must come."""
+    lines, end = [], time.monotonic() + seconds
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return "".join(lines)
+        assert time.monotonic() < end, lines
+    raise AssertionError(f"it ended without {pattern}: {''.join(lines)}")
+
+
+def finish(folder, out: str, ranks=1, **settings):
+    """Go on with a run until it ends."""
+    run = start(folder, ranks, out_dir=out, resume="auto", **settings)
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 0, said
+
+
+def final_weights(folder) -> dict[str, torch.Tensor]:
+    path = checkpoint_paths(Path(folder))[-1]
+    assert step_of(path) == FLAGS["max_steps"]
+    return load_checkpoint(path)["model"]
+
+
+def assert_same_run(folder, other):
+    """The same final weights, and the same log, bit for bit."""
+    a, b = final_weights(folder), final_weights(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert (folder / "log.txt").read_text() == (other / "log.txt").read_text()
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["step 13/", "step 20/60 . val"])
+def test_a_signal_ends_a_run_after_the_step_and_nothing_is_lost(workshop, signum, moment):
+    out = f"{signum.name}-{moment[5:7]}"
+    run = start(workshop, out_dir=out, max_steps=60)
+    read_until(run, moment)
+    run.send_signal(signum)
+    said = run.communicate(timeout=60)[0]
+    assert run.returncode == 128 + signum, said
+    assert "Traceback" not in said
+    last = re.fullmatch(
+        r"step (\d+)/60 \| stopped, saved \| .*--resume auto.*", said.splitlines()[-1]
+    )
+    assert int(last[1]) == step_of(checkpoint_paths(workshop / out)[-1])
+    finish(workshop, out)
+    assert_same_run(workshop / out, workshop / "whole")
+
+
+def test_ranks_stop_at_the_same_step_when_torchrun_gets_the_signal(workshop):
+    run = start(workshop, ranks=2, out_dir="two")
+    read_until(run, "step 13/")
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=60)[0]
+    assert re.search(r"step \d+/60 \| stopped, saved", said), said
+    assert "forcefully" not in said  # no rank had to be killed
+    finish(workshop, "two", ranks=2)
+    finish(workshop, "whole_two", ranks=2)
+    assert_same_run(workshop / "two", workshop / "whole_two")
+
+
+def test_a_second_signal_stops_at_once(workshop):
+    run = start(workshop, out_dir="twice", total_batch_size=32 * 16 * 4096)  # endless steps
+    read_until(run, "from step 0")
+    time.sleep(2)  # the first step is under way
+    run.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert run.poll() is None  # it goes on to finish the step
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=5)
+    assert run.returncode == 130
+    assert not checkpoint_paths(workshop / "twice")
