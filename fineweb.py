@@ -2,10 +2,12 @@
 
     python fineweb.py                                # FineWeb-Edu sample-10BT -> edu_fineweb10B/
     python fineweb.py FILE_OR_FOLDER --out my_data   # .parquet, .jsonl, .txt; a folder: all of them
+    python fineweb.py --verify my_data               # are the shards what was written?
 
 A shard is a .npy file of uint16 tokens, one dimension. Every document begins with the end-of-text
 token; the stream's first tokens are held out for validation. manifest.json, written last,
-describes the shards. The trainer reads them by open_shards.
+describes the shards, with their checksums. The trainer reads them by open_shards, which compares
+each with its checksum once: verified.json remembers which were right.
 
 FineWeb-Edu: Penedo et al. 2024, https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu
 """
@@ -18,10 +20,12 @@ import io
 import itertools
 import json
 import os
+import re
 import sysconfig
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +36,13 @@ from tqdm import tqdm
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 SUFFIXES = (".parquet", ".jsonl", ".txt")
+# NAME_SPLIT_NNNNNN: no path to another folder, nothing that ends a line or cannot be printed
+SHARD_NAME = r"[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*_(train|val)_[0-9]{6}\.(npy|bin)"
+# what manifest.json says, and what of each shard: types, and patterns of the values as text
+MANIFEST = {"encoding": (str, ".*"), "eot_token": (int, ".*"), "shards": (list, "(?s).*")}
+MANIFEST |= {"vocab_size": (int, "[1-9][0-9]{0,17}")}
+ENTRY = {"file": (str, SHARD_NAME), "sha256": (str, "[0-9a-f]{64}")}
+ENTRY |= {"tokens": (int, "[0-9]{1,18}"), "largest": (int, "[0-9]{1,18}")}
 
 
 @functools.cache  # a worker asks once a batch
@@ -198,12 +209,15 @@ def cut(
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
     """Write aside, then rename: under its own name a file is always whole."""
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # each rank may write its own
     try:
         aside.write_bytes(content)
         os.replace(aside, path)
     except OSError as error:
         raise SystemExit(f"cannot write {path} ({error.strerror}): make room for it") from error
+    finally:
+        with contextlib.suppress(OSError):  # renamed, or never made
+            aside.unlink()
 
 
 def write_shards(
@@ -222,11 +236,13 @@ def write_shards(
     Of the stream of tokens, which ends after `max_tokens` (0: with the documents), the first
     `val_tokens` are for validation. No token is lost between shards of `shard_size`. `workers`
     processes tokenize (0: one a core). NAME is by default the folder's.
-    SystemExit for impossible numbers, for a folder that holds shards or cannot be written, and
-    where no tokens are left to train on.
+    SystemExit for impossible numbers and names, for a folder that holds shards or cannot be
+    written, and where no tokens are left to train on.
     """
     out = Path(out)
     name = name or out.resolve().name
+    if not split_of(f"{name}_val_000000.npy"):
+        raise SystemExit(f"{name!r} cannot begin a shard's name: choose another --out")
     enc = get_encoding(encoding)  # before any worker needs it: they find it in tiktoken's cache
     if min(shard_size, val_tokens) < 1 or min(max_tokens, workers) < 0:
         raise SystemExit("shard_size, val_tokens, max_tokens, workers: give positive numbers")
@@ -263,63 +279,171 @@ def write_shards(
     return manifest
 
 
+def split_of(name: str) -> str | None:
+    """The split, "train" or "val", that a shard's file name says; None for other names."""
+    match = re.fullmatch(SHARD_NAME, name)
+    return match[1] if match else None
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """What manifest.json says, every value checked; where there is none, as in llm.c's folders,
+    {"shards": []}. SystemExit, one line, says what is wrong with it."""
+    path = Path(folder) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        parts = [(manifest, MANIFEST), *((entry, ENTRY) for entry in manifest["shards"])]
+        for part, rules in parts:
+            for key, (kind, pattern) in rules.items():  # `type is`, as a bool is an int too
+                if type(part[key]) is not kind or not re.fullmatch(pattern, str(part[key])):
+                    raise ValueError(f"{key} is {part[key]!r}")
+        if len({entry["file"] for entry in manifest["shards"]}) < len(manifest["shards"]):
+            raise ValueError("it lists a file twice")
+    except FileNotFoundError:
+        return {"shards": []}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise SystemExit(f"{path} is damaged ({error!r:.200}): copy it or make it again") from None
+    return manifest
+
+
+def fingerprint(folder: str | Path) -> str:
+    """16 hex digits for the data in a folder, the same wherever it lies: of the files, tokens and
+    checksums in manifest.json; without it, of the shards' names and sizes."""
+    facts = [(e["file"], e["tokens"], e["sha256"]) for e in read_manifest(folder)["shards"]]
+    if not facts:
+        files = [file for file in Path(folder).glob("*") if split_of(file.name)]
+        facts = [(file.name, open_shard(file).nbytes) for file in files]
+    return hashlib.sha256(json.dumps(sorted(facts)).encode()).hexdigest()[:16]
+
+
 def open_shards(folder: str | Path, split: str, vocab_size: int) -> list[np.ndarray]:
     """The shards of a split, "train" or "val", in order: each (n,) uint16, memory-mapped.
 
     Reads .npy, and llm.c's .bin: 256 int32 of header, then the tokens. SystemExit, one line, if
-    they are not there, not whole, or have tokens beyond the vocabulary.
+    they are not there, not whole, not what manifest.json describes, or have tokens beyond the
+    vocabulary.
     """
     folder = Path(folder)
-    files = sorted(folder.glob(f"*_{split}_{'[0-9]' * 6}.*"))
-    files = [file for file in files if file.suffix in (".npy", ".bin")]
+    files = sorted(file for file in folder.glob("*") if split_of(file.name) == split)
     if not files:
         raise SystemExit(
             f"no {split} shards in {folder}/: `python fineweb.py` makes FineWeb-Edu's, "
             f"`python fineweb.py FILE_OR_FOLDER --out {folder}` your own"
         )
-    try:
-        manifest = folder / "manifest.json"  # llm.c's shards have none
-        manifest = json.loads(manifest.read_text()) if manifest.exists() else {"shards": []}
-        known = {f["file"]: (int(f["tokens"]), int(f["largest"])) for f in manifest["shards"]}
-        n_vocab = manifest.get("vocab_size", vocab_size)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SystemExit(f"{folder}/manifest.json is damaged ({error!r}): make it again") from None
+    manifest = read_manifest(folder)
+    n_vocab = manifest.get("vocab_size", vocab_size)
     if n_vocab != vocab_size:
         raise SystemExit(f"{folder}/ has a vocabulary of {n_vocab}: give --vocab_size {n_vocab}")
-    missing = {name for name in known if f"_{split}_" in name[-17:]} - {f.name for f in files}
+    entries = {folder / e["file"]: e for e in manifest["shards"] if split_of(e["file"]) == split}
+    missing = {file.name for file in entries.keys() - set(files)}
     if missing:
         raise SystemExit(f"{folder}/ lacks {min(missing)}, which manifest.json lists: copy it too")
-    shards = [open_shard(file) for file in files]
+    shards = [open_shard(file, entries.get(file)) for file in files]
     for file, shard in zip(files, shards, strict=True):
         # no word of it: read it through, a minute for 10B tokens
-        n_tokens, largest = known.get(file.name) or (len(shard), int(shard.max(initial=0)))
-        if len(shard) != n_tokens:
-            raise SystemExit(
-                f"{file} has {len(shard)} tokens, manifest.json says {n_tokens}: "
-                "copy it or make it again"
-            )
+        largest = entries[file]["largest"] if file in entries else int(shard.max(initial=0))
         if largest >= vocab_size:
             raise SystemExit(
                 f"{file} has a token {largest}, beyond the vocabulary of {vocab_size}: "
                 "give the --vocab_size of its encoding"
             )
+    check_once(folder, entries)
     return shards
 
 
-def open_shard(file: Path) -> np.ndarray:
-    """One shard's tokens; SystemExit names a file that holds none."""
+def open_shard(file: Path, entry: dict | None = None) -> np.ndarray:
+    """One shard's tokens; SystemExit names a file that holds none, or not as many as its entry in
+    the manifest says."""
     try:
         if file.suffix == ".bin":
-            magic, version, n_tokens = np.fromfile(file, dtype="<i4", count=3)
+            magic, version, n_tokens = np.fromfile(file, dtype="<i4", count=3).tolist()
             if (magic, version) != (20240520, 1):
                 raise ValueError("its header is not llm.c's")
-            return np.memmap(file, dtype="<u2", mode="r", offset=256 * 4, shape=(int(n_tokens),))
-        tokens = np.load(file, mmap_mode="r")
+            tokens = np.memmap(file, dtype="<u2", mode="r", offset=256 * 4, shape=(n_tokens,))
+        else:
+            tokens = np.load(file, mmap_mode="r")
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f"it holds {tokens.dtype} of shape {tokens.shape}")
+        if file.stat().st_size != tokens.offset + tokens.nbytes:
+            raise ValueError(f"it goes on after the {len(tokens)} that its header tells of")
+        if entry and len(tokens) != entry["tokens"]:
+            raise ValueError(f"it has {len(tokens)}, manifest.json says {entry['tokens']}")
         return tokens
-    except (OSError, ValueError, EOFError) as error:
-        raise SystemExit(f"{file} is no shard of uint16 tokens ({error}): make it again") from None
+    except Exception as error:  # numpy's reader answers junk with every kind of it
+        reason = f"{file} is no shard of uint16 tokens ({' '.join(str(error).split())})"
+        raise SystemExit(f"{reason}: copy it or make it again") from None
+
+
+def checksum_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as content:
+        for block in iter(lambda: content.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def faults_of(entries: dict[Path, dict]) -> Iterator[str]:
+    """Read shards to the end: a line for each that is not what its entry in the manifest says."""
+
+    def fault(file: Path) -> str:
+        entry = entries[file]
+        try:
+            shard = open_shard(file, entry)
+            checksum = checksum_of(file)
+        except SystemExit as error:
+            return str(error)
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror}): copy it or make it again"
+        if checksum == entry["sha256"] and shard.max(initial=0) == entry["largest"]:
+            return ""
+        part = "largest token" if checksum == entry["sha256"] else "checksum"
+        what = f"{file} is not what manifest.json describes (its {part} differs)"
+        return f"{what}: copy it or make it again"
+
+    sizes = [2 * entry["tokens"] for entry in entries.values()]  # bytes, all but the headers
+    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, mininterval=1, delay=1)
+    with bar, ThreadPoolExecutor(8) as pool:  # a thread that hashes leaves Python to the others
+        for size, line in zip(sizes, pool.map(fault, entries), strict=True):
+            bar.update(size)
+            if line:
+                yield line
+
+
+def check_once(folder: Path, entries: dict[Path, dict]) -> None:
+    """SystemExit names a shard that is not what its entry says. To find out costs one reading of
+    each: verified.json remembers those that were right."""
+    memory, verified, now = folder / "verified.json", {}, {}
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # none yet; damaged
+        verified = dict(json.loads(memory.read_bytes()))
+    for file, entry in entries.items():
+        stat = file.stat()  # before it is read: a change meanwhile will show
+        # a copy has another inode and ctime, even one that keeps the time of modification
+        now[file.name] = [stat.st_size, stat.st_ino, stat.st_ctime_ns, entry["sha256"]]
+    unread = {f: e for f, e in entries.items() if verified.get(f.name) != now[f.name]}
+    fault = next(faults_of(unread), "")
+    if fault:
+        raise SystemExit(fault)
+    if unread:
+        with contextlib.suppress(SystemExit):  # read-only: then read each time
+            write_file(memory, json.dumps(verified | now).encode())
+
+
+def verify_folder(folder: str | Path) -> None:
+    """Read all shards, whatever verified.json says, and print a line for each that is not as
+    manifest.json says. SystemExit if there are any, or no manifest."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if "vocab_size" not in manifest:
+        raise SystemExit(f"{folder}/ has no manifest.json to verify its shards by: copy it too")
+    entries = {folder / entry["file"]: entry for entry in manifest["shards"]}
+    files = {file for file in folder.glob("*") if split_of(file.name)} | entries.keys()
+    faults = [f"{file} is not in manifest.json: remove it" for file in files - entries.keys()]
+    faults += faults_of(entries)
+    if faults:
+        print("\n".join(sorted(faults)))
+        bad = f"{len(faults)} of {len(files)} shards of {folder} are bad"
+        raise SystemExit(f"{bad}: copy them or make them again")
+    n_tokens = sum(entry["tokens"] for entry in entries.values())
+    print(f"{folder}: {len(files)} shards, {n_tokens:,} tokens, all as manifest.json says")
 
 
 def main(
@@ -330,8 +454,9 @@ def main(
     val_tokens: int = 0,
     max_tokens: int = 0,
     workers: int = 0,
+    verify: str = "",
 ) -> None:
-    """Write a corpus as shards of tokens.
+    """Write a corpus as shards of tokens, or verify a folder of them.
 
     Args:
         source: a .parquet, .jsonl or .txt file, or a folder of such; without it, FineWeb-Edu
@@ -341,7 +466,12 @@ def main(
         val_tokens: tokens held out; 0: one shard of FineWeb-Edu, 100,000 of anything else
         max_tokens: stop after so many; 0: all
         workers: processes that tokenize; 0: one a core
+        verify: instead, a folder whose shards to read and compare with its manifest.json
     """
+    if verify and (source or out):
+        raise SystemExit("--verify writes no shards: give it neither a source nor --out")
+    if verify:
+        return verify_folder(verify)
     if source and not out:
         raise SystemExit("name a folder for the shards: --out my_data")
     out = out or "edu_fineweb10B"

@@ -1,5 +1,6 @@
 """Shards to batches, against slices made by numpy."""
 
+import hashlib
 import json
 import threading
 
@@ -34,7 +35,10 @@ def write_bin(folder, shards, magic=20240520, version=1):
 
 
 def write_manifest(folder, facts, vocab_size=65536):
-    (folder / "manifest.json").write_text(json.dumps({"vocab_size": vocab_size, "shards": facts}))
+    for fact in facts:
+        fact["sha256"] = hashlib.sha256((folder / fact["file"]).read_bytes()).hexdigest()
+    manifest = {"encoding": "bytes", "vocab_size": vocab_size, "eot_token": 0, "shards": facts}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def open_windows(folder, block_size=T, vocab_size=65536):
