@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ def load_checkpoint(path: Path) -> dict:
         if torn:
             raise ValueError(f"the checksum of {torn} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # plain data only
-        if checkpoint.keys() != {"model", "optimizer", "scaler", "step", "config"}:
+        if checkpoint.keys() != {"model", "optimizer", "scaler", "step", "config", "data"}:
             raise ValueError("it is of another program")
         return checkpoint
     except Exception as error:  # a torn file, another pickle: zipfile and torch raise all kinds
@@ -66,6 +66,38 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict | None]:
     if damage:
         raise SystemExit(f"{damage}, and so is every other: remove them to begin anew")
     return None, None
+
+
+ABOUT_THE_START = ("preset", "init_from", "resume", "resume_anyway", "out_dir", "prompt")
+
+
+def check_same_experiment(config, checkpoint: dict, data: str, network: tuple[str, ...]):
+    """Print what differs from the hyperparameters, and the data, that the run had. SystemExit if
+    it would not go on as the same experiment and resume_anyway is not set."""
+    now = asdict(config) | {"data": data}
+    then = now | checkpoint["config"] | {"data": checkpoint["data"]}
+    names = [field.name for field in fields(config)]
+    harmless = {*names[names.index("data_dir") :]}  # as Config says there
+    differ = [name for name in now if now[name] != then[name] and name not in ABOUT_THE_START]
+    changes = [name for name in differ if name not in harmless]
+    if differ:
+        print("what differs from the run's hyperparameters:")
+    for name in differ:
+        effect = "changes the experiment" if name in changes else "changes no loss: taken"
+        print(f"  {name:20} {then[name]!s:>16} -> {now[name]!s:16} {effect}")
+    network = [name for name in network if name in changes]
+    if network:
+        flags = " ".join(f"--{name} {then[name]}" for name in network)
+        raise SystemExit(f"a run keeps its network: give {flags}, or begin another run")
+    if changes and not config.resume_anyway:
+        raise SystemExit(
+            f"{', '.join(changes)} would change the experiment: give the run's, as above, or add "
+            "--resume_anyway"
+        )
+    if checkpoint["step"] > config.max_steps:
+        raise SystemExit(
+            f"the run is past --max_steps {config.max_steps}, at step {checkpoint['step']} already"
+        )
 
 
 def choose_run(config) -> Path:
@@ -110,8 +142,8 @@ def start_folder(folder: Path, config, n_params: int):
 class CheckpointWriter:
     """Writes checkpoints, step_NNNNNN.pt after so many updates, while the training goes on."""
 
-    def __init__(self, folder: Path, config):
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config, data: str):
+        self.folder, self.config, self.data = folder, config, data
         self.copies = {}  # a tensor's address -> its copy on the host, made once and used again
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending = None
@@ -125,7 +157,7 @@ class CheckpointWriter:
             return  # tried again at every step: it should not stop the loop for nothing
         states = {"model": model, "optimizer": optimizer, "scaler": scaler}
         checkpoint = {name: self.copy(part.state_dict()) for name, part in states.items()}
-        checkpoint |= {"step": step, "config": asdict(self.config)}  # numbers and strings alone
+        checkpoint |= {"step": step, "config": asdict(self.config), "data": self.data}
         self.pending = self.thread.submit(self.write, step, checkpoint)
 
     def copy(self, part):

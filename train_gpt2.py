@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -117,6 +117,8 @@ class Config:
     """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a run's folder"""
     resume: str = ""
     """a run's folder to continue; auto: the preset's newest that did not finish, else a new one"""
+    resume_anyway: bool = False
+    """continue though hyperparameters differ in which the losses would not be the run's"""
     out_dir: str = ""
     """the run's folder; empty: the next free log/PRESET-NNN"""
     prompt: str = ""
@@ -124,6 +126,8 @@ class Config:
     wandb: bool = False
     """send the log to Weights & Biases too"""
 
+
+NETWORK = ("n_layer", "n_head", "n_embd", "vocab_size")  # what weights fix
 
 # too small for torch.compile to earn back its minute on a CPU
 _SMALL = Config(n_layer=4, n_head=4, n_embd=128, vocab_size=257, compile=False)
@@ -289,7 +293,7 @@ class GPT(nn.Module):
             odd = {key: parts[key] for key in GPT2 if parts.get(key, GPT2[key]) != GPT2[key]}
             if odd:
                 raise ValueError(f"GPT-2 has no {odd}")
-            shape = {key: parts[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+            shape = {key: parts[key] for key in NETWORK}
             model = cls(Config(**shape, block_size=parts["n_positions"], dropout=dropout))
             state = {}
             for name, w in load_file(folder / "model.safetensors").items():
@@ -314,7 +318,7 @@ class GPT(nn.Module):
             w = w[: config.vocab_size] if name.endswith("wte.weight") else w
             weights[name] = (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        parts = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        parts = {key: getattr(config, key) for key in NETWORK}
         parts |= {"n_positions": config.block_size, "architectures": ["GPT2LMHeadModel"]}
         # end-of-text, the last token, is what a document follows and ends with
         parts |= {"bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1}
@@ -566,11 +570,18 @@ def flops_per_token(config: Config, n_params: int) -> int:
 # ---- the run -------------------------------------------------------------------------------------
 
 
+def config_of(checkpoint: dict) -> Config:
+    """A checkpoint's hyperparameters; SystemExit where it has others than these."""
+    try:
+        return Config(**checkpoint["config"])
+    except TypeError as error:
+        raise SystemExit(f"the checkpoint is of another version of this script: {error}") from None
+
+
 def model_of(checkpoint: dict, dropout: float) -> GPT:
     """A checkpoint's model, whose positions may be more than the windows it was trained on."""
     n_positions = len(checkpoint["model"]["transformer.wpe.weight"])
-    config = replace(Config(**checkpoint["config"]), block_size=n_positions, dropout=dropout)
-    model = GPT(config)
+    model = GPT(replace(config_of(checkpoint), block_size=n_positions, dropout=dropout))
     model.load_state_dict(checkpoint["model"])
     return model
 
@@ -600,29 +611,18 @@ def check_config(config: Config):
         raise SystemExit(f"--n_embd {config.n_embd} does not divide into --n_head {config.n_head}")
 
 
-def check_same_experiment(config: Config, saved: Config):
-    """SystemExit naming the hyperparameters in which a run would not go on as it began."""
-    names = [f.name for f in fields(Config)]
-    names = names[: names.index("data_dir")]  # what comes after it changes no loss
-    now, then = asdict(config), asdict(saved)
-    differ = [f"{name} {then[name]}, not {now[name]}" for name in names if now[name] != then[name]]
-    if differ:
-        raise SystemExit(f"the run was begun with {'; '.join(differ)}: give that run's flags")
-
-
 def prepare(config: Config, checkpoint: dict | None):
-    """All else that a run starts from: configuration, model (on the CPU), windows, encoding,
-    HellaSwag's examples. Whatever is wrong with them is said here, before the first step."""
+    """All else that a run starts from: configuration, model (on the CPU), fingerprint of the data,
+    windows, encoding, HellaSwag's examples. Whatever is wrong with them is said here, before the
+    first step."""
+    data = fineweb.fingerprint(config.data_dir)
     torch.manual_seed(config.seed)
     if checkpoint:
         model = model_of(checkpoint, config.dropout)
     else:
         model = load_model(config.init_from, config.dropout) if config.init_from else GPT(config)
     if config.init_from:  # the network is that of the weights, whatever the preset's
-        names = ("n_layer", "n_head", "n_embd", "vocab_size")
-        config = replace(config, **{name: getattr(model.config, name) for name in names})
-    if checkpoint:
-        check_same_experiment(config, Config(**checkpoint["config"]))
+        config = replace(config, **{name: getattr(model.config, name) for name in NETWORK})
     n_positions = model.config.block_size
     if config.block_size > n_positions:
         raise SystemExit(f"--block_size {config.block_size} is beyond {n_positions} positions")
@@ -635,7 +635,7 @@ def prepare(config: Config, checkpoint: dict | None):
     if config.hellaswag_interval:
         own = Path(config.data_dir) / "hellaswag_val.jsonl"  # questions about the corpus itself
         examples = hellaswag.load(own if own.exists() else hellaswag.PATH)
-    return config, model, windows, encoding, examples
+    return config, model, data, windows, encoding, examples
 
 
 def main(config: Config, signals: Iterable[signal.Signals] = ()):
@@ -670,6 +670,9 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         folder = runs.choose_run(config)
         checkpoint_path, checkpoint = runs.newest_checkpoint(folder)
         prepared = prepare(config, checkpoint)
+        config, raw_model, data, *_ = prepared
+        if checkpoint:
+            runs.check_same_experiment(config, checkpoint, data, NETWORK)
         paths = [folder, checkpoint_path]
     if world_size > 1:
         dist.broadcast_object_list(paths)
@@ -677,13 +680,13 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         folder, checkpoint_path = paths
         checkpoint = runs.load_checkpoint(checkpoint_path) if checkpoint_path else None
         prepared = prepare(config, checkpoint)
-    config, raw_model, windows, encoding, examples = prepared
+    config, raw_model, data, windows, encoding, examples = prepared
     first_step = checkpoint["step"] if checkpoint else 0
     n_params = sum(p.numel() for p in raw_model.parameters())
     if rank == 0:
         runs.start_folder(folder, config, n_params)
         log = runs.RunLog(folder, config, first_step)
-        writer = runs.CheckpointWriter(folder, config)
+        writer = runs.CheckpointWriter(folder, config, data)
     print0(
         f"{folder} from step {first_step} | {n_params:,} parameters | {device}, {dtype} | "
         f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens | "
@@ -698,7 +701,11 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
     optimizer = configure_optimizer(raw_model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        # the moments are the run's, the hyperparameters those of now
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(
+            {"state": checkpoint["optimizer"]["state"], "param_groups": groups}
+        )
         scaler.load_state_dict(checkpoint["scaler"])
         del checkpoint, prepared  # 1.5 GB
 

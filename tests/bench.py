@@ -133,7 +133,7 @@ def bench_checkpoint() -> None:
 
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on a disk, where /tmp may be memory
         model, optimizer = learner(demo)
-        writer = runs.CheckpointWriter(Path(folder), demo)
+        writer = runs.CheckpointWriter(Path(folder), demo, "")
         x, y = torch.randint(257, (2, 6, 96))
         stops, seconds = [], []
 
@@ -155,7 +155,7 @@ def bench_checkpoint() -> None:
         print(f"  the loop stops for {share:.2%} of the time")
 
         model, optimizer = learner(Config())
-        writer = runs.CheckpointWriter(Path(folder), Config())
+        writer = runs.CheckpointWriter(Path(folder), Config(), "")
 
         def beside() -> float:
             writer.wait()

@@ -271,12 +271,81 @@ def test_resume_auto_with_out_dir_begins_or_continues_it():
     assert not Path("log").exists()
 
 
-def test_resume_with_another_learning_rate_is_refused():
+@pytest.mark.parametrize(
+    "changed",
+    [{"lr": 0.02}, {"total_batch_size": 256}, {"seed": 7, "beta2": 0.9}, {"block_size": 8}, "data"],
+)
+def test_what_would_change_the_experiment_is_refused_without_resume_anyway(changed, capsys):
+    folder = train()
+    interrupt(folder, step=4)
+    settings = {} if changed == "data" else changed
+    if changed == "data":  # other shards under the same path
+        shutil.rmtree("data")
+        fineweb.write_shards([TEXT] * 300, "data", "bytes", val_tokens=2000, workers=1)
+    before = contents(folder)
+    capsys.readouterr()
+    error = error_of(resume="auto", **settings)
+    said = capsys.readouterr().out
+    for name in settings or ["data"]:
+        assert name in error and re.search(rf"^  {name} .* changes the experiment$", said, re.M)
+    assert "--resume_anyway" in error and contents(folder) == before
+    train(resume="auto", resume_anyway=True, **settings)
+    assert read_log(folder)["train"][0] == list(range(10))
+
+
+def test_a_resumed_run_takes_its_hyperparameters_and_keeps_its_moments():
+    folder = train()
+    interrupt(folder, step=8)
+    changed = {"lr": 0.0, "min_lr": 0.0, "weight_decay": 0.3, "beta1": 0.5}
+    train(resume="auto", resume_anyway=True, **changed)
+    then, now = (load_checkpoint(folder / f"step_{n:06d}.pt") for n in (8, 10))
+    for group, decay in zip(now["optimizer"]["param_groups"], (0.3, 0.0), strict=True):
+        assert (group["weight_decay"], group["betas"][0], group["lr"]) == (decay, 0.5, 0.0)
+    assert now["optimizer"]["state"][0]["step"] == 10
+    # at a rate of 0 nothing but the moments changes
+    assert all(torch.equal(w, now["model"][name]) for name, w in then["model"].items())
+    assert now["config"]["beta1"] == 0.5
+
+
+def test_what_changes_no_loss_is_taken_and_said(capsys):
+    losses = read_log(train())
+    interrupt(Path("log/tiny-001"), step=4)
+    os.rename("data", "moved")
+    settings = {"micro_batch_size": 8, "val_interval": 5, "checkpoint_interval": 3}
+    capsys.readouterr()
+    folder = train(resume="auto", data_dir="moved", **settings)
+    said = capsys.readouterr().out
+    for name in (*settings, "data_dir"):
+        assert re.search(rf"^  {name} .* changes no loss: taken$", said, flags=re.MULTILINE)
+    assert said.count("taken") == 4
+    resumed = read_log(folder)
+    assert resumed["val"][0] == [0, 5, 10]
+    np.testing.assert_allclose(resumed["train"][1], losses["train"][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name, value", [("n_layer", 3), ("n_head", 4), ("n_embd", 64)])
+def test_a_run_keeps_its_network(name, value):
     folder = train()
     interrupt(folder, step=4)
     before = contents(folder)
-    assert "lr 0.01, not 0.02" in error_of(resume="auto", lr=0.02)
+    error = error_of(resume="auto", resume_anyway=True, **{name: value})
+    assert f"--{name} {getattr(TINY, name)}" in error
     assert contents(folder) == before
+
+
+def test_a_run_that_is_past_max_steps_is_told():
+    folder = train()
+    assert "--max_steps 6" in error_of(resume=str(folder), resume_anyway=True, max_steps=6)
+    train(resume=str(folder), resume_anyway=True, max_steps=14)  # but it may go further
+    assert read_log(folder)["train"][0] == list(range(14))
+
+
+def test_a_checkpoint_of_another_version_is_told():
+    folder = train()
+    path = folder / "step_000010.pt"
+    checkpoint = load_checkpoint(path)
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"n_experts": 8}}, path)
+    assert "n_experts" in error_of(resume=str(folder))
 
 
 def test_resume_with_another_micro_batch_size_gives_the_same_losses():
@@ -320,7 +389,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(damage, capsys
 
 def test_every_single_flipped_bit_is_found_or_changes_nothing():
     w = torch.arange(9.0)
-    parts = {"model": {"w": w}, "optimizer": {}, "scaler": {}, "step": 3, "config": {}}
+    parts = {"model": {"w": w}, "optimizer": {}, "scaler": {}, "step": 3, "config": {}, "data": ""}
     torch.save(parts, "small.pt")
     whole, found = Path("small.pt").read_bytes(), 0
     for bit in range(8 * len(whole)):
@@ -368,7 +437,7 @@ def test_a_write_that_breaks_leaves_the_earlier_checkpoint_alone(monkeypatch):
     before = (folder / "step_000010.pt").read_bytes()
     monkeypatch.setattr(torch, "save", save)
     part = SimpleNamespace(state_dict=dict)
-    writer = CheckpointWriter(folder, TINY)
+    writer = CheckpointWriter(folder, TINY, "")
     writer.save(10, part, part, part)
     writer.wait()
     assert writer.failure == "disk full" and not list(folder.glob("*.tmp"))
@@ -575,7 +644,8 @@ def test_weights_and_biases_gets_what_the_log_gets(monkeypatch):
     [file] = Path("wandb").glob("offline-run-*/*.wandb")
     config, history = {}, []
     for record in wandb_records(file):
-        config |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
+        updates = [*record.run.config.update, *record.config.update]  # either, as time allows
+        config |= {i.key: json.loads(i.value_json) for i in updates}
         items = record.history.item
         history.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
     assert config["n_layer"] == 2 and config["lr"] == 1e-2
