@@ -220,9 +220,10 @@ class RunLog:
         self.config, self.wandb_run = config, None
         self.path = folder / "log.txt"
         # a continued run does the steps since its checkpoint again: their lines go
-        lines = [line_of(*entry) for entry in log_entries(folder) if entry[0] < first_step]
+        entries = [entry for entry in log_entries(folder) if entry[0] < first_step]
+        self.losses = [value for _, stream, value in entries if stream == "train"]
         aside = self.path.with_suffix(".tmp")
-        aside.write_text("".join(lines))
+        aside.write_bytes("".join(line_of(*entry) for entry in entries).encode())
         os.replace(aside, self.path)
         self.size, self.unwritten = self.path.stat().st_size, ""
 

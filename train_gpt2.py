@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -113,6 +113,8 @@ class Config:
     """the last so many stay; 0: all"""
     archive_interval: int = 5000
     """checkpoints at its multiples stay too"""
+    max_bad_steps: int = 10
+    """updates in a row that are skipped, as not finite, before the run stops; 0: never stop"""
     init_from: str = ""
     """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a run's folder"""
     resume: str = ""
@@ -271,6 +273,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             logits, _ = self(idx[:, -self.config.block_size :])
             logits = logits[:, -1, :].float()  # (B, vocab_size), after the last token
+            logits = logits.nan_to_num()  # a model that diverged: drawing from nan ends the program
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                 logits = logits.masked_fill(logits < kth, -math.inf)
@@ -371,9 +374,20 @@ class Windows:
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Window i: (block_size + 1,) uint16."""
-        k = int(np.searchsorted(self.ends, i, side="right"))  # its shard
-        start = (i - (int(self.ends[k - 1]) if k else 0)) * self.block_size
+        k, start = self.place(i)
         return self.shards[k][start : start + self.block_size + 1]
+
+    def place(self, i: int) -> tuple[int, int]:
+        """Window i's shard, and where in it the window starts."""
+        k = int(np.searchsorted(self.ends, i, side="right"))
+        return k, (i - (int(self.ends[k - 1]) if k else 0)) * self.block_size
+
+    def describe(self, indices: Iterable[int]) -> str:
+        """Where windows lie: a line for each shard, with their first tokens' places in it."""
+        starts = {}
+        for k, start in sorted(map(self.place, indices)):
+            starts.setdefault(self.shards[k].filename, []).append(str(start))
+        return "\n".join(f"  {file}: tokens from {', '.join(s)}" for file, s in starts.items())
 
     def stack(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows as a batch x, y, both (B, T) int64: y is x moved by one."""
@@ -390,22 +404,28 @@ def epoch_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def get_batch(windows: Windows, config: Config, step: int, micro_step: int, rank=0, world_size=1):
-    """The batch x, y, both (B, T) int64, of a rank's micro-step: a function of its arguments.
-
-    Update `step` takes W windows, from number step * W of the epochs' orders laid end to end;
-    micro-steps and ranks share them out. No position is kept, so none is lost and none drifts.
-    """
+def windows_of_step(windows: Windows, config: Config, step: int, share=slice(None)) -> list[int]:
+    """The windows that update `step` takes, or a share of them: W, from number step * W of the
+    epochs' orders laid end to end."""
     W = config.total_batch_size // config.block_size
-    B = config.micro_batch_size
-    first = step * W + (micro_step * world_size + rank) * B
     indices = []
-    for number in range(first, first + B):
+    for number in range(step * W, (step + 1) * W)[share]:
         epoch, i = divmod(number, len(windows))
         if config.shuffle:
             i = int(epoch_order(len(windows), config.seed, epoch)[i])
         indices.append(i)
-    return windows.stack(indices)
+    return indices
+
+
+def get_batch(windows: Windows, config: Config, step: int, micro_step: int, rank=0, world_size=1):
+    """The batch x, y, both (B, T) int64, of a rank's micro-step: a function of its arguments.
+
+    Micro-steps and ranks share the step's windows out. No position is kept, so none is lost and
+    none drifts.
+    """
+    B = config.micro_batch_size
+    first = (micro_step * world_size + rank) * B
+    return windows.stack(windows_of_step(windows, config, step, slice(first, first + B)))
 
 
 def prefetch(fetch: Callable, arguments: Iterable[tuple], ahead: int = 4) -> Iterator:
@@ -442,6 +462,11 @@ def configure_optimizer(model: nn.Module, config: Config, device_type: str) -> t
     # fused: one kernel goes over all parameters, instead of a dozen over each
     fused = device_type in ("cpu", "cuda", "mps")
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=fused)
+
+
+def is_spike(loss: float, before: Sequence[float]) -> bool:
+    """Whether a loss stands out by six standard deviations from those before it."""
+    return len(before) >= 20 and loss > np.mean(before) + 6 * np.std(before)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -724,7 +749,9 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
     micro_steps = itertools.product(range(first_step, config.max_steps), range(grad_accum_steps))
     batches = prefetch(fetch, micro_steps)
     flops_per_step = flops_per_token(config, n_params) * config.total_batch_size
-    texts = []
+    texts, bad_steps, recent = [], 0, deque(maxlen=100)  # losses of the last steps
+    if rank == 0:
+        recent.extend(filter(math.isfinite, log.losses))
     stop = runs.StopSignal(signals)
     start = time.perf_counter()
     for step in range(first_step, config.max_steps + 1):
@@ -732,7 +759,7 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
 
         # first, so that a run continued from here does all the rest of this turn again
         due = is_due(config.checkpoint_interval, step) and step > first_step
-        if rank == 0 and (due or writer.failure):
+        if rank == 0 and (due or writer.failure) and not bad_steps:
             writer.save(step, raw_model, optimizer, scaler)
         if stopped := stopping():
             break
@@ -785,17 +812,11 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf).item()
         loss = loss_sum.item() / world_size
-        # an infinite norm is float16's daily bread: the scaler skips the update and scales down
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            if rank == 0:
-                writer.save(step, raw_model, optimizer, scaler)
-                writer.wait()
-            raise SystemExit(
-                f"step {step}: loss {loss}, norm {norm}. The weights from before this update are "
-                f"saved: go on from them with --init_from {folder} and a lower --lr"
-            )
-        scaler.step(optimizer)
-        scaler.update()
+        # one update that is not finite, and no weight would ever be finite again
+        bad_steps = 0 if math.isfinite(loss) and math.isfinite(norm) else bad_steps + 1
+        if not bad_steps:
+            scaler.step(optimizer)
+        scaler.update()  # float16 overflows now and then: its scale goes down, and later up again
         optimizer.zero_grad(set_to_none=True)
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()  # the clock waits for the GPU
@@ -808,11 +829,28 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         line += f"{config.total_batch_size / dt:,.0f} tok/s | "
         line += f"mfu {mfu:.2f} | " if math.isfinite(mfu) else ""
         line += f"left {left // 60:.0f}h{left % 60:02.0f}m"
+        line += f" | update skipped, {bad_steps} in a row" if bad_steps else ""
+        spike = is_spike(loss, recent)
+        line += " | spike" if spike else ""
         if rank == 0 and writer.failure:
             line += f" | checkpoint not written: {writer.failure}"
         print0(line)
         if rank == 0:
             log.write(step, "train", loss)
+            if bad_steps:
+                log.write(step, "skipped", bad_steps)
+            if spike:
+                log.write(step, "spike", loss)
+        if not bad_steps:
+            recent.append(loss)
+        elif bad_steps == config.max_bad_steps:
+            print0(f"{name} | the losses before: {' '.join(f'{x:.4f}' for x in [*recent][-10:])}")
+            print0(f"{name} | what it was reading:")
+            print0(windows["train"].describe(windows_of_step(windows["train"], config, step)))
+            raise SystemExit(
+                f"step {step}: {bad_steps} updates in a row were not finite: go on from the last "
+                f"checkpoint with --resume {folder} --resume_anyway and a lower --lr"
+            )
 
     if stopped:
         if rank == 0:

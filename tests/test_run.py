@@ -1,5 +1,6 @@
 """Whole runs of train_gpt2.py, very small ones, each in a folder of its own."""
 
+import itertools
 import json
 import math
 import os
@@ -561,26 +562,101 @@ def test_tied_weights_take_the_room_of_one():
     assert n_bytes < (folder / "step_000010.pt").stat().st_size < 1.25 * n_bytes
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_the_weights_from_before(monkeypatch):
-    forward, count = GPT.forward, iter(range(1000))
+# ---- losses that are not finite, and spikes ------------------------------------------------------
+
+
+def inject_nan(monkeypatch, steps):
+    """Make the losses of these steps nan; two micro-steps a step, val_interval=0."""
+    forward, count = GPT.forward, itertools.count()
 
     def fails(self, idx, targets=None):
         logits, loss = forward(self, idx, targets)
-        return logits, loss * math.nan if next(count) == 2 * 6 else loss  # two micro-steps a step
+        return logits, loss * math.nan if next(count) // 2 in steps else loss
 
-    whole = train(val_interval=0, checkpoint_interval=6)
     monkeypatch.setattr(GPT, "forward", fails)
-    error = error_of(val_interval=0, checkpoint_interval=0)
-    assert "step 6" in error and "log/tiny-002" in error and "--lr" in error
-    assert log_lines("log/tiny-002") == log_lines(whole)[:6]
-    saved = weights("log/tiny-002", 6)
-    assert all(torch.equal(saved[name], w) for name, w in weights(whole, 6).items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(dtype, monkeypatch, capsys):
+    whole = train(val_interval=0, checkpoint_interval=1, dtype=dtype)
+    inject_nan(monkeypatch, {5, 6, 8})
+    folder = train(val_interval=0, checkpoint_interval=1, dtype=dtype)
+    said = capsys.readouterr().out
+    for step, count in ((5, 1), (6, 2), (8, 1)):
+        assert f"step {step}/10 | loss nan" in said
+        assert re.search(rf"step {step}/10 .* \| update skipped, {count} in a row$", said, re.M)
+    streams = read_log(folder)
+    assert streams["skipped"] == ([5, 6, 8], [1, 2, 1])
+    assert streams["train"][1][:5] == read_log(whole)["train"][1][:5]
+    before, after = weights(folder, 5), weights(folder, 8)  # but for step 7, nothing came between
+    assert all(torch.equal(weights(whole, 5)[name], w) for name, w in before.items())
+    assert load_checkpoint(folder / "step_000010.pt")["optimizer"]["state"][0]["step"] == 7
+    assert all(w.isfinite().all() for w in weights(folder, 10).values())
+    assert not all(torch.equal(after[name], w) for name, w in before.items())
+    assert math.isfinite(streams["train"][1][9])
+
+
+def test_a_skipped_update_leaves_every_weight_and_moment_as_it_was(monkeypatch):
+    inject_nan(monkeypatch, {5})
+    folder = train(val_interval=0, checkpoint_interval=5, max_steps=6)
+    before = load_checkpoint(folder / "step_000005.pt")
+    assert not (folder / "step_000006.pt").exists()  # weights that give no loss are not kept
+    main(replace(TINY, max_steps=5, val_interval=0, checkpoint_interval=5, out_dir="five"))
+    model = GPT(TINY)
+    model.load_state_dict(before["model"])
+    exported = transformers.GPT2LMHeadModel.from_pretrained(folder / "hf")
+    assert torch.equal(exported.transformer.wpe.weight, model.transformer.wpe.weight)
+
+
+def test_too_many_in_a_row_end_the_run_with_losses_and_windows(monkeypatch, capsys):
+    inject_nan(monkeypatch, {2, 3, 5, 6, 7})
+    settings = {"val_interval": 0, "checkpoint_interval": 2, "max_bad_steps": 3}
+    error = error_of(**settings)
+    assert "step 7" in error and "--resume log/tiny-001" in error and "--lr" in error
+    said = capsys.readouterr().out
+    losses = read_log("log/tiny-001")["train"][1]
+    tail = " ".join(f"{loss:.4f}" for loss in losses if math.isfinite(loss))
+    assert f"step 7/10 | the losses before: {tail}\n" in said
+    # the windows it names hold what get_batch gave to the step
+    windows = train_gpt2.Windows("data", "train", 16, 257)
+    batches = [train_gpt2.get_batch(windows, TINY, 7, m)[0] for m in range(2)]
+    rows = {tuple(row.tolist()) for x in batches for row in x}
+    named = set()
+    for file, starts in re.findall(r"^  (\S+): tokens from ([\d, ]+)$", said, flags=re.MULTILINE):
+        tokens = np.load(file)
+        named |= {tuple(tokens[int(s) : int(s) + 16].tolist()) for s in starts.split(",")}
+    assert named == rows and len(rows) == 8
+    newest = checkpoint_paths(Path("log/tiny-001"))[-1]
+    assert newest.name == "step_000002.pt"  # from before the nan, since none was due in between
+    train(resume="auto", **settings, resume_anyway=True, lr=1e-3)
 
 
 def test_a_learning_rate_far_too_high_ends_in_one_line():
-    assert "lower --lr" in error_of(lr=1e30, min_lr=1e30)
-    state = load_checkpoint(max(Path("log/tiny-001").glob("step_*.pt")))["model"]
-    assert all(w.isfinite().all() for w in state.values())
+    assert "lower --lr" in error_of(lr=1e30, min_lr=1e30, max_bad_steps=3)
+
+
+def test_a_spike_is_told_and_logged_also_after_resuming(monkeypatch, capsys):
+    forward, spikes = GPT.forward, {150, 185}
+    step = {"now": 0}
+
+    def high(self, idx, targets=None):
+        logits, loss = forward(self, idx, targets)
+        return logits, loss + 3 if step["now"] in spikes else loss
+
+    def noted(now, config):
+        step["now"] = now
+        return get_lr(now, config)
+
+    monkeypatch.setattr(GPT, "forward", high)
+    monkeypatch.setattr(train_gpt2, "get_lr", noted)
+    settings = {"max_steps": 200, "val_interval": 0, "checkpoint_interval": 180}
+    folder = train(**settings)
+    assert re.findall(r"step (\d+)/.* \| spike$", capsys.readouterr().out, re.M) == ["150", "185"]
+    assert read_log(folder)["spike"][0] == [150, 185]
+    lines = log_lines(folder)
+    interrupt(folder, step=180)
+    train(**settings, resume="auto")  # five steps alone would be too few to tell a spike
+    assert log_lines(folder) == lines
 
 
 # ---- several ranks -------------------------------------------------------------------------------
@@ -644,8 +720,7 @@ def test_weights_and_biases_gets_what_the_log_gets(monkeypatch):
     [file] = Path("wandb").glob("offline-run-*/*.wandb")
     config, history = {}, []
     for record in wandb_records(file):
-        updates = [*record.run.config.update, *record.config.update]  # either, as time allows
-        config |= {i.key: json.loads(i.value_json) for i in updates}
+        config |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
         items = record.history.item
         history.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
     assert config["n_layer"] == 2 and config["lr"] == 1e-2

@@ -55,3 +55,11 @@ def test_padding_is_never_sampled_and_never_in_the_loss():
     logits, after = model(x, y)
     assert logits.size(-1) == 65 and torch.equal(before, after)
     assert draw(model, seed=1, n_rows=500).max() < 65
+
+
+def test_a_model_that_has_diverged_gives_babble_not_an_error():
+    model = small_model()
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    for options in ({}, {"top_k": 5}, {"temperature": 0.0}):
+        assert draw(model, seed=1, **options).shape == (4, 21)
