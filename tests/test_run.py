@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -718,8 +719,13 @@ def test_weights_and_biases_gets_what_the_log_gets(monkeypatch):
     folder = train(wandb=True, sample_interval=5)
     wandb.finish()
     [file] = Path("wandb").glob("offline-run-*/*.wandb")
+    for _ in range(300):  # finish() may return before the file has all of it
+        records = list(wandb_records(file))
+        if any(record.HasField("exit") for record in records):
+            break
+        time.sleep(0.1)
     config, history = {}, []
-    for record in wandb_records(file):
+    for record in records:
         config |= {i.key: json.loads(i.value_json) for i in record.run.config.update}
         items = record.history.item
         history.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
