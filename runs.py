@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import time
 import zipfile
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 
@@ -100,43 +102,101 @@ def check_same_experiment(config, checkpoint: dict, data: str, network: tuple[st
         )
 
 
-def choose_run(config) -> Path:
-    """The run's folder, there already or not. SystemExit if that would mix this run with
-    another."""
-    runs = sorted(Path("log").glob(f"{config.preset}-[0-9][0-9][0-9]"))
-    unfinished = [run for run in runs if not (run / "hf").exists()]  # written last
+def claim(folder: Path) -> FileLock:
+    """Make this process the folder's only writer while the lock is kept; the system frees a dead
+    process's. SystemExit where another process is that."""
+    lock = FileLock(folder / "owner.lock", is_singleton=True)  # a process may claim it again
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = owner_of(folder)
+        raise SystemExit(
+            f"{folder} belongs to a run that is alive, process {owner.get('pid')} on "
+            f"{owner.get('host')}: stop that one first, or give another --out_dir"
+        ) from None
+    except OSError as error:
+        raise SystemExit(f"cannot write to {folder} ({error}): give another --out_dir") from None
+    return lock
+
+
+def owner_of(folder: Path) -> dict:
+    """What owner.json says of the process that wrote into the folder last."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads((folder / "owner.json").read_bytes()))
+    return {}
+
+
+def is_free(folder: Path) -> bool:
+    try:
+        claim(folder).release()
+    except SystemExit:
+        return False
+    return True
+
+
+def choose_run(config) -> tuple[Path | None, FileLock | None]:
+    """The folder of the run to continue, claimed; None, None for a new run. SystemExit if that
+    would mix two runs."""
+    folder = None
     if config.resume not in ("", "auto"):
         folder = Path(config.resume)
         if not checkpoint_paths(folder):
             raise SystemExit(f"{folder} holds no step_*.pt: give --resume a run's folder, or auto")
     elif config.out_dir:
-        folder = Path(config.out_dir)
-        used = [*folder.glob("config.json"), *folder.glob("log.txt"), *folder.glob("step_*.pt")]
-        if used and not config.resume:
-            raise SystemExit(f"{folder} holds a run: add --resume auto, or give another --out_dir")
-    elif config.resume and unfinished:
-        folder = unfinished[-1]
-    else:
-        folder = Path(f"log/{config.preset}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
+        names = ("config.json", "log.txt", "step_*.pt")
+        if any(path for name in names for path in Path(config.out_dir).glob(name)):
+            folder = Path(config.out_dir)
+            if not config.resume:
+                raise SystemExit(f"{folder} holds a run: add --resume auto, or another --out_dir")
+    elif config.resume:
+        unfinished = [run for run in runs_of(config.preset) if not (run / "hf").exists()]
+        folder = next(filter(is_free, reversed(unfinished)), None)
+    if folder is None:
+        return None, None
+    lock = claim(folder)
     log_entries(folder)  # a damaged line is said now, before anything is written
-    return folder
+    return folder, lock
 
 
-def start_folder(folder: Path, config, n_params: int):
-    """Make the folder, with config.json. SystemExit if it could not take a checkpoint."""
+def runs_of(preset: str) -> list[Path]:
+    """log/PRESET-NNN, the oldest first."""
+    return sorted(Path("log").glob(f"{preset}-[0-9][0-9][0-9]"))
+
+
+def start_folder(folder: Path | None, config, model) -> tuple[Path, FileLock]:
+    """Make a run's folder, where it has none, claim it, and write config.json. SystemExit if it
+    could not take a checkpoint."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        if folder is None and config.out_dir:
+            folder = Path(config.out_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+        while folder is None:
+            number = max((int(run.name[-3:]) for run in runs_of(config.preset)), default=0) + 1
+            with contextlib.suppress(FileExistsError):  # another run, started at the same time
+                free = Path(f"log/{config.preset}-{number:03d}")
+                free.mkdir(parents=True)
+                folder = free
+        lock = claim(folder)
+        for torn in folder.glob("step_*.tmp"):  # of a run that was killed
+            torn.unlink()
+        # those that are kept, and one more while it is written, at 3 float32 a parameter
+        n = max(1, config.keep_checkpoints + 1 - len(checkpoint_paths(folder)))
+        needed = n * 12 * sum(p.numel() for p in model.parameters())
+        free = shutil.disk_usage(folder).free
+        if config.checkpoint_interval and free < needed:
+            raise SystemExit(
+                f"{folder}: {free:,} bytes free, {n} checkpoints take {needed:,}: make room, or "
+                "keep fewer by --keep_checkpoints"
+            )
+        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        for name, content in (("config", asdict(config)), ("owner", owner)):
+            aside = folder / f"{name}.tmp"
+            aside.write_text(json.dumps(content, indent=2) + "\n")
+            os.replace(aside, folder / f"{name}.json")
     except OSError as error:
-        raise SystemExit(f"cannot write to {folder} ({error}): give another --out_dir") from None
-    # those that are kept, and one more while it is written, at 3 float32 a parameter
-    n = max(1, config.keep_checkpoints + 1 - len(checkpoint_paths(folder)))
-    free, needed = shutil.disk_usage(folder).free, n * 12 * n_params
-    if config.checkpoint_interval and free < needed:
-        raise SystemExit(
-            f"{folder}: {free:,} bytes free, {n} checkpoints take {needed:,}: make room, or keep "
-            "fewer by --keep_checkpoints"
-        )
+        place = folder or "log"
+        raise SystemExit(f"cannot write to {place} ({error}): give another --out_dir") from None
+    return folder, lock
 
 
 class CheckpointWriter:

@@ -692,24 +692,24 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
     if rank == 0:
         if config.preset == "demo":
             prepare_demo(config)
-        folder = runs.choose_run(config)
-        checkpoint_path, checkpoint = runs.newest_checkpoint(folder)
+        folder, lock = runs.choose_run(config)
+        path, checkpoint = runs.newest_checkpoint(folder) if folder else (None, None)
         prepared = prepare(config, checkpoint)
         config, raw_model, data, *_ = prepared
         if checkpoint:
             runs.check_same_experiment(config, checkpoint, data, NETWORK)
-        paths = [folder, checkpoint_path]
+        folder, lock = runs.start_folder(folder, config, raw_model)  # ours while lock lives
+        paths = [folder, path]
     if world_size > 1:
         dist.broadcast_object_list(paths)
     if rank > 0:
-        folder, checkpoint_path = paths
-        checkpoint = runs.load_checkpoint(checkpoint_path) if checkpoint_path else None
+        folder, path = paths
+        checkpoint = runs.load_checkpoint(path) if path else None
         prepared = prepare(config, checkpoint)
     config, raw_model, data, windows, encoding, examples = prepared
     first_step = checkpoint["step"] if checkpoint else 0
     n_params = sum(p.numel() for p in raw_model.parameters())
     if rank == 0:
-        runs.start_folder(folder, config, n_params)
         log = runs.RunLog(folder, config, first_step)
         writer = runs.CheckpointWriter(folder, config, data)
     print0(

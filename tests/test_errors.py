@@ -239,6 +239,7 @@ def test_a_folder_without_checkpoints_cannot_be_resumed(folder):
 def test_a_checkpoint_that_cannot_be_read_is_named():
     Path("mine").mkdir()
     Path("mine/step_000001.pt").write_bytes(b"\x80 nothing")
+    Path("mine/owner.lock").touch()
     for flags in ({"resume": "mine"}, {"init_from": "mine"}):
         assert "mine/step_000001.pt is damaged" in error_of(**flags)
 
@@ -254,11 +255,14 @@ def test_a_folder_that_cannot_be_written_is_named():
     assert "log" in error_of()
 
 
-def test_a_disk_without_room_for_a_checkpoint_is_found_at_the_start(monkeypatch):
+def test_a_disk_without_room_for_a_checkpoint_is_found_at_the_start(monkeypatch, tmp_path):
     full = SimpleNamespace(free=9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(SystemExit, match="9 bytes free"):
-        main(parse_arguments(arguments()))
+        main(parse_arguments(arguments(out_dir="mine", sample_interval=0)))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    main(parse_arguments(arguments(out_dir="mine", sample_interval=0)))  # once there is room
 
 
 def test_out_dir_on_a_folder_of_a_run_is_refused():

@@ -89,7 +89,8 @@ def contents(folder) -> dict[str, bytes]:
 def test_a_run_leaves_its_log_configuration_checkpoints_and_export():
     folder = train()
     assert folder == Path("log/tiny-001")
-    names = ["config.json", "hf", "log.txt", "step_000004.pt", "step_000008.pt", "step_000010.pt"]
+    names = ["config.json", "hf", "log.txt", "owner.json", "owner.lock"]
+    names += ["step_000004.pt", "step_000008.pt", "step_000010.pt"]
     assert sorted(p.name for p in folder.iterdir()) == names  # no .tmp among them
     assert all(re.fullmatch(r"\d+ (train|val) \d+\.\d+", line) for line in log_lines(folder))
     assert Config(**json.loads((folder / "config.json").read_text())) == TINY
@@ -561,6 +562,14 @@ def test_tied_weights_take_the_room_of_one():
     model = GPT(TINY)
     n_bytes = 12 * sum(p.numel() for p in model.parameters())  # weights and AdamW's two moments
     assert n_bytes < (folder / "step_000010.pt").stat().st_size < 1.25 * n_bytes
+
+
+def test_what_a_killed_process_left_half_written_is_removed():
+    folder = train()
+    interrupt(folder, step=4)
+    (folder / "step_000008.tmp").write_bytes(b"half")
+    train(resume="auto")
+    assert not list(folder.glob("*.tmp"))
 
 
 # ---- losses that are not finite, and spikes ------------------------------------------------------

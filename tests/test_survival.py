@@ -83,6 +83,36 @@ def assert_same_run(folder, other):
     assert (folder / "log.txt").read_text() == (other / "log.txt").read_text()
 
 
+# ---- one owner -----------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_kept_out_of_the_folder_of_a_live_run(workshop):
+    run = start(workshop, out_dir="mine", max_steps=100_000)
+    read_until(run, "step 15/")  # with a checkpoint
+    for flags in ({"out_dir": "mine", "resume": "auto"}, {"resume": "mine"}):
+        other = start(workshop, max_steps=100_000, **flags)
+        said = other.communicate(timeout=60)[0]
+        assert f"mine belongs to a run that is alive, process {run.pid} on " in said
+        assert other.returncode == 1 and len(said.splitlines()) == 1
+    run.kill()
+    run.communicate()
+    next_owner = start(workshop, max_steps=100_000, resume="mine")
+    read_until(next_owner, "mine from step [1-9]")
+    next_owner.kill()
+    next_owner.communicate()
+
+
+def test_runs_that_start_at_once_get_a_folder_each(workshop):
+    before = {*workshop.glob("log/*")}
+    runs = [start(workshop, max_steps=3, seed=seed) for seed in range(3)]
+    for run in runs:
+        said = run.communicate(timeout=90)[0]
+        assert run.returncode == 0, said
+    folders = {*workshop.glob("log/*")} - before
+    assert len(folders) == 3
+    assert len({(folder / "log.txt").read_text() for folder in folders}) == 3
+
+
 # ---- signals -------------------------------------------------------------------------------------
 
 
