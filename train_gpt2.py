@@ -731,7 +731,8 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         optimizer.load_state_dict(
             {"state": checkpoint["optimizer"]["state"], "param_groups": groups}
         )
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty, if the run was not in float16 until now
+            scaler.load_state_dict(checkpoint["scaler"])
         del checkpoint, prepared  # 1.5 GB
 
     def fetch(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:

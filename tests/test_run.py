@@ -564,6 +564,16 @@ def test_tied_weights_take_the_room_of_one():
     assert n_bytes < (folder / "step_000010.pt").stat().st_size < 1.25 * n_bytes
 
 
+def test_a_run_may_go_on_in_another_precision():
+    folder = train()
+    interrupt(folder, step=4)
+    train(resume="auto", dtype="float16")
+    assert load_checkpoint(folder / "step_000010.pt")["scaler"]["scale"] > 0
+    interrupt(folder, step=8)
+    train(resume="auto")
+    assert read_log(folder)["train"][0] == list(range(10))
+
+
 def test_what_a_killed_process_left_half_written_is_removed():
     folder = train()
     interrupt(folder, step=4)
