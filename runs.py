@@ -119,6 +119,11 @@ def claim(folder: Path) -> FileLock:
     return lock
 
 
+def launch() -> str | None:
+    """The number of torchrun's launch, which its restarts keep."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
 def owner_of(folder: Path) -> dict:
     """What owner.json says of the process that wrote into the folder last."""
     with contextlib.suppress(OSError, ValueError):
@@ -137,6 +142,13 @@ def is_free(folder: Path) -> bool:
 def choose_run(config) -> tuple[Path | None, FileLock | None]:
     """The folder of the run to continue, claimed; None, None for a new run. SystemExit if that
     would mix two runs."""
+
+    def is_ours(folder: Path) -> bool:
+        """torchrun starts all ranks again when one has died: the run of this launch goes on."""
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        return restarts > 0 and owner_of(folder).get("launch") == launch()
+
+    unfinished = [run for run in runs_of(config.preset) if not (run / "hf").exists()]
     folder = None
     if config.resume not in ("", "auto"):
         folder = Path(config.resume)
@@ -146,10 +158,11 @@ def choose_run(config) -> tuple[Path | None, FileLock | None]:
         names = ("config.json", "log.txt", "step_*.pt")
         if any(path for name in names for path in Path(config.out_dir).glob(name)):
             folder = Path(config.out_dir)
-            if not config.resume:
+            if not config.resume and not is_ours(folder):
                 raise SystemExit(f"{folder} holds a run: add --resume auto, or another --out_dir")
+    elif any(map(is_ours, unfinished)):
+        folder = next(filter(is_ours, reversed(unfinished)))
     elif config.resume:
-        unfinished = [run for run in runs_of(config.preset) if not (run / "hf").exists()]
         folder = next(filter(is_free, reversed(unfinished)), None)
     if folder is None:
         return None, None
@@ -188,7 +201,7 @@ def start_folder(folder: Path | None, config, model) -> tuple[Path, FileLock]:
                 f"{folder}: {free:,} bytes free, {n} checkpoints take {needed:,}: make room, or "
                 "keep fewer by --keep_checkpoints"
             )
-        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "launch": launch()}
         for name, content in (("config", asdict(config)), ("owner", owner)):
             aside = folder / f"{name}.tmp"
             aside.write_text(json.dumps(content, indent=2) + "\n")

@@ -684,6 +684,11 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves float32
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        # torchrun's own store still has the addresses of the ranks before a restart (PyTorch's
+        # issue 135712): meet in a new one, a port further
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 

@@ -39,6 +39,13 @@ def workshop(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def whole_two(workshop):
+    """The same with two ranks, to whom dropout gives other losses."""
+    finish(workshop, "whole_two", ranks=2)
+    return workshop / "whole_two"
+
+
 def start(folder, ranks=1, torchrun=(), **settings) -> subprocess.Popen:
     """The script as a user runs it, in the background; both outputs come as one."""
     line = [sys.executable, str(SCRIPT)]
@@ -81,6 +88,38 @@ def assert_same_run(folder, other):
     a, b = final_weights(folder), final_weights(other)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert (folder / "log.txt").read_text() == (other / "log.txt").read_text()
+
+
+# ---- ranks that die ------------------------------------------------------------------------------
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks in /proc")
+
+
+def ranks_of(run) -> list[int]:
+    """The process ids of the ranks that a torchrun has started, rank 0 first."""
+    children = subprocess.check_output(["pgrep", "-P", str(run.pid)], text=True).split()
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
+    return sorted(
+        (pid for pid, environ in environments.items() if b"LOCAL_RANK=" in environ),
+        key=lambda pid: int(re.search(rb"\0LOCAL_RANK=(\d+)", environments[pid])[1]),
+    )
+
+
+@linux
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("out_dir", ["restarted", ""])
+def test_torchrun_restarts_a_run_whose_rank_has_died(workshop, whole_two, rank, out_dir):
+    before = {*workshop.glob("log/*")}
+    out_dir = out_dir and f"{out_dir}-{rank}"
+    run = start(workshop, ranks=2, torchrun=["--max-restarts=2"], out_dir=out_dir)
+    read_until(run, "step 23/")
+    os.kill(ranks_of(run)[rank], signal.SIGKILL)
+    said = run.communicate(timeout=90)[0]
+    assert run.returncode == 0, said
+    [folder] = {*workshop.glob("log/*")} - before if not out_dir else [workshop / out_dir]
+    assert re.search(rf"{folder.name} from step (10|20) ", said), said  # no operator was needed
+    assert_same_run(folder, whole_two)
 
 
 # ---- one owner -----------------------------------------------------------------------------------
@@ -134,7 +173,7 @@ def test_a_signal_ends_a_run_after_the_step_and_nothing_is_lost(workshop, signum
     assert_same_run(workshop / out, workshop / "whole")
 
 
-def test_ranks_stop_at_the_same_step_when_torchrun_gets_the_signal(workshop):
+def test_ranks_stop_at_the_same_step_when_torchrun_gets_the_signal(workshop, whole_two):
     run = start(workshop, ranks=2, out_dir="two")
     read_until(run, "step 13/")
     run.send_signal(signal.SIGTERM)
@@ -142,8 +181,7 @@ def test_ranks_stop_at_the_same_step_when_torchrun_gets_the_signal(workshop):
     assert re.search(r"step \d+/60 \| stopped, saved", said), said
     assert "forcefully" not in said  # no rank had to be killed
     finish(workshop, "two", ranks=2)
-    finish(workshop, "whole_two", ranks=2)
-    assert_same_run(workshop / "two", workshop / "whole_two")
+    assert_same_run(workshop / "two", whole_two)
 
 
 def test_a_second_signal_stops_at_once(workshop):
