@@ -13,7 +13,10 @@ import os
 import shutil
 import signal
 import socket
+import sys
+import threading
 import time
+import traceback
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -345,9 +348,32 @@ class StopSignal:
             os.write(2, b"\nstopping after this step, with a checkpoint; once more: at once\n")
         self.signum, self.noted_at = signum, min(self.noted_at, time.monotonic())
 
-    def __call__(self) -> bool:
-        """Whether this rank got one."""
-        return self.signum > 0
+
+class Watchdog:
+    """Ends a rank that has stood still for so many seconds. Most likely it waits for another one
+    that hangs or is gone, and would wait for as long as somebody pays."""
+
+    def __init__(self, rank: int, seconds: float):
+        self.rank, self.seconds = rank, seconds
+        self.seen("the start")
+        if seconds:
+            threading.Thread(target=self.watch, daemon=True).start()
+
+    def seen(self, what: str):
+        """A sign of life: `what` begins."""
+        self.what, self.since = what, time.monotonic()
+
+    def watch(self):
+        while (left := self.since + self.seconds - time.monotonic()) > 0:
+            time.sleep(left)
+        main_thread = sys._current_frames()[threading.main_thread().ident]
+        ours = Path(__file__).parent  # not torch's
+        stack = traceback.extract_stack(main_thread)
+        *_, here = (frame for frame in stack if Path(frame.filename).parent == ours)
+        text = f"rank {self.rank}: {self.what} has stood still for {self.seconds:g} s, at line "
+        text += f"{here.lineno}, {here.line}: another rank hangs\n"
+        os.write(2, text.encode())
+        os._exit(1)
 
 
 def export(model, folder: Path):

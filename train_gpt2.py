@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -125,6 +126,8 @@ class Config:
     """the run's folder; empty: the next free log/PRESET-NNN"""
     prompt: str = ""
     """do not train: continue this text five times, with --init_from's weights or gpt2's"""
+    timeout: float = 600.0
+    """seconds a rank may stand still, as it does when another one hangs; 0: PyTorch's half hour"""
     wandb: bool = False
     """send the log to Weights & Biases too"""
 
@@ -690,7 +693,9 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # longer than the watchdog waits, and than rank 0 takes to prepare
+        dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, 2 * config.timeout)))
 
     # rank 0 goes first: it fetches what is missing, and says once what is wrong
     paths = [None, None]  # of the run's folder, and of the checkpoint to go on from
@@ -759,9 +764,16 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
     if rank == 0:
         recent.extend(filter(math.isfinite, log.losses))
     stop = runs.StopSignal(signals)
+    watchdog = runs.Watchdog(rank, config.timeout if world_size > 1 else 0)
+
+    def stop_early() -> bool:  # an evaluation, before each of its batches
+        watchdog.seen(name)
+        return stop.signum > 0
+
     start = time.perf_counter()
     for step in range(first_step, config.max_steps + 1):
         name = f"step {step}/{config.max_steps}"
+        watchdog.seen(name)
 
         # first, so that a run continued from here does all the rest of this turn again
         due = is_due(config.checkpoint_interval, step) and step > first_step
@@ -772,7 +784,7 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         if is_due(config.val_interval, step):
             with autocast:
                 loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size,
-                                       stop)  # fmt: skip
+                                       stop_early)  # fmt: skip
             if stopped := stopping():
                 break
             print0(f"{name} | val {loss:.4f}")
@@ -781,7 +793,7 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         if is_due(config.hellaswag_interval, step):
             counts = hellaswag.evaluate(raw_model, examples, encoding, T, device, rank=rank,
                                         world_size=world_size, autocast=autocast,
-                                        stop=stop)  # fmt: skip
+                                        stop=stop_early)  # fmt: skip
             counts = hellaswag.Counts(*sum_over_ranks(*counts, device=device))
             if stopped := stopping():
                 break

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import fineweb
+import hellaswag
 from fineweb import write_shards
 from train_gpt2 import GPT, Config, Windows, main, validation_loss
 
@@ -47,6 +49,28 @@ def test_ranks_share_out_the_same_tokens(tmp_path, world_size):
         for rank in range(world_size)
     ]
     assert math.isclose(sum(parts), whole, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("n_batches", [0, 2, 100])
+def test_an_evaluation_asks_before_each_batch_whether_to_stop(tmp_path, n_batches):
+    windows, model = val_windows(tmp_path), GPT(CONFIG)
+    batches, asked = [], []
+    model.register_forward_hook(lambda *_: batches.append(1))
+    example = {"ctx": "12", "endings": ["5", "6", "7", "8"], "label": 0}
+
+    def stop():
+        asked.append(1)
+        return len(asked) > n_batches
+
+    validation_loss(model, model, windows, replace(CONFIG, micro_batch_size=4), stop=stop)
+    assert len(batches) == min(n_batches, 6)  # of 21 windows
+    assert len(asked) == min(n_batches + 1, 6)
+    batches.clear()
+    asked.clear()
+    encoding = fineweb.get_encoding("bytes")
+    hellaswag.evaluate(model, [example] * 11, encoding, 16, "cpu", batch_size=2, stop=stop)
+    assert len(batches) == min(n_batches, 6)
+    assert len(asked) == min(n_batches + 1, 6)
 
 
 def test_hellaswag_in_a_run_counts_every_example(tmp_path, monkeypatch, capsys):

@@ -122,6 +122,25 @@ def test_torchrun_restarts_a_run_whose_rank_has_died(workshop, whole_two, rank, 
     assert_same_run(folder, whole_two)
 
 
+@linux
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_a_rank_that_waits_for_one_that_hangs_ends_and_names_itself_and_the_step(workshop, hanging):
+    run = start(workshop, ranks=2, out_dir=f"hangs-{hanging}", max_steps=100_000, timeout=5)
+    read_until(run, "step 13/")
+    ranks = ranks_of(run)
+    os.kill(ranks[hanging], signal.SIGSTOP)
+    try:
+        said = read_until(run, "another rank hangs", seconds=30)
+    finally:
+        os.kill(ranks[hanging], signal.SIGKILL)
+        run.communicate(timeout=60)
+    last = said.splitlines()[-1]
+    steps = re.findall(r"^step (\d+)/100000 \| loss", said, flags=re.MULTILINE) or ["13"]
+    named = re.match(rf"rank {1 - hanging}: step (\d+)/100000 has stood still for 5 s, at ", last)
+    assert int(named[1]) in range(int(steps[-1]), int(steps[-1]) + 3), said
+    assert run.returncode == 1
+
+
 # ---- one owner -----------------------------------------------------------------------------------
 
 
