@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fineweb
 import train_gpt2
-from runs import checkpoint_paths, load_checkpoint, step_of
+from runs import checkpoint_paths, load_checkpoint, read_log, step_of
 
 SCRIPT = Path(train_gpt2.__file__).resolve()
 FLAGS = {
@@ -169,6 +170,96 @@ def test_runs_that_start_at_once_get_a_folder_each(workshop):
     folders = {*workshop.glob("log/*")} - before
     assert len(folders) == 3
     assert len({(folder / "log.txt").read_text() for folder in folders}) == 3
+
+
+# ---- kill -9 -------------------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_twelve_moments_is_the_run_that_was_left_alone(workshop):
+    folder, rng, torn = workshop / "killed", random.Random(0), 0
+
+    def is_writing() -> bool:
+        return any(re.fullmatch(r"step_\d+\.tmp", name) for name in os.listdir(folder))
+
+    for moment in ["in a step", "at the start", "in a checkpoint"] * 4:
+        run = start(workshop, out_dir="killed", resume="auto", checkpoint_interval=2)
+        if moment == "at the start":  # of Python, of torch, of the run
+            time.sleep(rng.uniform(0.1, 4))
+        else:
+            first = int(re.search(r"from step (\d+) ", read_until(run, "from step "))[1])
+            assert first < 50  # the kills leave steps to kill
+        if moment == "in a step":
+            read_until(run, f"step {first + rng.randint(0, 4)}/")
+            time.sleep(rng.uniform(0, 0.02))
+        if moment == "in a checkpoint":
+            while not is_writing():
+                assert run.poll() is None
+        run.kill()
+        assert "damaged" not in run.communicate()[0]
+        torn += is_writing()
+    assert torn, "no kill met a checkpoint while it was written"
+    finish(workshop, "killed", checkpoint_interval=2)
+    assert_same_run(folder, workshop / "whole")
+    assert not list(folder.glob("*.tmp"))
+
+
+# ---- another number of ranks, another micro-batch ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def without_dropout(workshop):
+    """A run whose losses depend on nothing but the tokens."""
+    finish(workshop, "without_dropout", dropout=0)
+    return read_log(workshop / "without_dropout")
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [({"ranks": 2}, {"ranks": 1}), ({"ranks": 1}, {"ranks": 2}), ({}, {"micro_batch_size": 4})],
+)
+def test_a_run_goes_on_with_other_ranks_or_micro_batches(workshop, without_dropout, before, after):
+    out = "-".join(map(str, [*before.values(), "to", *after.values()]))
+    run = start(workshop, out_dir=out, dropout=0, **before)
+    read_until(run, "step 5/")
+    run.terminate()
+    run.communicate(timeout=60)
+    first = step_of(checkpoint_paths(workshop / out)[-1])
+    assert first <= 10  # fifty steps are left
+    finish(workshop, out, dropout=0, **after)
+    streams = read_log(workshop / out)
+    for stream, (steps, losses) in without_dropout.items():
+        assert streams[stream][0] == steps
+        np.testing.assert_allclose(streams[stream][1], losses, atol=1e-4)
+
+
+# ---- a full disk ---------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_disk_that_is_full_for_a_while_goes_on(workshop):
+    small = workshop / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        run = start(workshop, out_dir="small/run", checkpoint_interval=3)
+        read_until(run, "step 9/")
+        with open(small / "filler", "wb") as filler:
+            try:
+                while True:
+                    filler.write(bytes(10_000))
+                    filler.flush()
+            except OSError:
+                pass
+        said = read_until(run, "checkpoint not written: No space left on device")
+        assert checkpoint_paths(small / "run")
+        (small / "filler").unlink()
+        said += run.communicate(timeout=60)[0]
+        assert run.returncode == 0, said
+        assert "not written" not in said.splitlines()[-3]
+        assert_same_run(small / "run", workshop / "whole")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 # ---- signals -------------------------------------------------------------------------------------
