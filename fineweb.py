@@ -21,8 +21,10 @@ import itertools
 import json
 import os
 import re
+import sys
 import sysconfig
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -43,6 +45,9 @@ MANIFEST = {"encoding": (str, ".*"), "eot_token": (int, ".*"), "shards": (list, 
 MANIFEST |= {"vocab_size": (int, "[1-9][0-9]{0,17}")}
 ENTRY = {"file": (str, SHARD_NAME), "sha256": (str, "[0-9a-f]{64}")}
 ENTRY |= {"tokens": (int, "[0-9]{1,18}"), "largest": (int, "[0-9]{1,18}")}
+# one at a time: Python 3.11's parser, by which numpy reads them, errs now and then when threads
+# share it ("AST constructor recursion depth mismatch", CPython's issue 106905)
+HEADERS = threading.Lock()
 
 
 @functools.cache  # a worker asks once a batch
@@ -77,7 +82,7 @@ def read_documents(source: str | Path) -> Iterator[str]:
     the file and row (or line) where something is not readable as text.
     """
     source = Path(source)
-    if not source.exists():
+    if not os.path.exists(source):  # False too for a name that is too long
         raise SystemExit(f"{source} does not exist: give a file or folder of documents")
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
@@ -246,6 +251,8 @@ def write_shards(
     enc = get_encoding(encoding)  # before any worker needs it: they find it in tiktoken's cache
     if min(shard_size, val_tokens) < 1 or min(max_tokens, workers) < 0:
         raise SystemExit("shard_size, val_tokens, max_tokens, workers: give positive numbers")
+    if shard_size > 2**31 or workers > 1000:  # a shard is in memory, and so is a worker
+        raise SystemExit("give a shard_size of at most 2**31 tokens, and at most 1,000 workers")
     too_short = f"{val_tokens:,} validation tokens leave none to train on: lower --val_tokens"
     if 0 < max_tokens <= val_tokens:
         raise SystemExit(f"{too_short} or raise --max_tokens")
@@ -360,7 +367,8 @@ def open_shard(file: Path, entry: dict | None = None) -> np.ndarray:
                 raise ValueError("its header is not llm.c's")
             tokens = np.memmap(file, dtype="<u2", mode="r", offset=256 * 4, shape=(n_tokens,))
         else:
-            tokens = np.load(file, mmap_mode="r")
+            with HEADERS:
+                tokens = np.load(file, mmap_mode="r")
         if tokens.dtype != np.uint16 or tokens.ndim != 1:
             raise ValueError(f"it holds {tokens.dtype} of shape {tokens.shape}")
         if file.stat().st_size != tokens.offset + tokens.nbytes:
@@ -485,4 +493,6 @@ def main(
 
 
 if __name__ == "__main__":
+    if "" in sys.argv:  # --verify "$FOLDER" without $FOLDER is no wish for 10B tokens
+        sys.exit("an empty argument: give a file or folder, or leave it out")
     tyro.cli(main, use_underscores=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import tiktoken
 import torch
@@ -65,7 +65,8 @@ def parse(data: bytes, source: str | Path) -> list[dict]:
             # without a context an ending's first token would have nothing to be predicted from
             good = isinstance(ctx, str) and ctx and type(label) is int and 0 <= label <= 3
             good = good and isinstance(endings, list) and [type(e) for e in endings] == [str] * 4
-        except (ValueError, KeyError, TypeError):  # not JSON, a key missing, not an object
+        # not JSON, a key missing, not an object, lists in lists in lists
+        except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:
             raise SystemExit(
@@ -232,14 +233,18 @@ def evaluate(
 
 
 def main(
-    model: str = "gpt2", file: str = PATH, device: str = "auto", batch_size: int = 8, limit: int = 0
+    model: str = "gpt2",
+    file: str = PATH,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    batch_size: int = 8,
+    limit: int = 0,
 ) -> None:
     """Score a model on HellaSwag's validation set.
 
     Args:
         model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run's folder or an exported folder.
         file: the examples, as JSON lines; downloaded to there when absent.
-        device: auto, cpu, cuda or mps.
+        device: auto: CUDA, else Apple's MPS, else the CPU.
         batch_size: examples at a time; the model sees four rows for each.
         limit: only the first so many examples; 0 for all.
     """

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+# of a checkpoint
+PARTS = {"model": dict, "optimizer": dict, "scaler": dict, "step": int, "config": dict, "data": str}
+
 
 def step_of(path: Path) -> int:
     """The number of updates in a checkpoint's name, step_NNNNNN.pt."""
@@ -35,8 +39,8 @@ def step_of(path: Path) -> int:
 
 def checkpoint_paths(folder: Path) -> list[Path]:
     """A folder's checkpoints, from the fewest updates to the most."""
-    paths = (path for path in folder.glob("step_*.pt") if path.stem[5:].isdecimal())
-    return sorted(paths, key=step_of)
+    found = folder.glob("step_*.pt") if os.path.isdir(folder) else ()
+    return sorted((path for path in found if path.stem[5:].isdecimal()), key=step_of)
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -49,12 +53,14 @@ def load_checkpoint(path: Path) -> dict:
             torn = torn or next((r.filename for r in archive.infolist() if r.external_attr), None)
         if torn:
             raise ValueError(f"the checksum of {torn} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # plain data only
-        if checkpoint.keys() != {"model", "optimizer", "scaler", "step", "config", "data"}:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters of them is an error too
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # plain data only
+        if {k: type(v) for k, v in checkpoint.items()} != PARTS or checkpoint["step"] < 0:
             raise ValueError("it is of another program")
         return checkpoint
     except Exception as error:  # a torn file, another pickle: zipfile and torch raise all kinds
-        reason = (str(error) or repr(error)).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0].split(". ")[0]  # torch adds advice
         raise ValueError(f"{path} is damaged ({reason})") from None
 
 
@@ -129,7 +135,7 @@ def launch() -> str | None:
 
 def owner_of(folder: Path) -> dict:
     """What owner.json says of the process that wrote into the folder last."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads((folder / "owner.json").read_bytes()))
     return {}
 
@@ -158,9 +164,9 @@ def choose_run(config) -> tuple[Path | None, FileLock | None]:
         if not checkpoint_paths(folder):
             raise SystemExit(f"{folder} holds no step_*.pt: give --resume a run's folder, or auto")
     elif config.out_dir:
-        names = ("config.json", "log.txt", "step_*.pt")
-        if any(path for name in names for path in Path(config.out_dir).glob(name)):
-            folder = Path(config.out_dir)
+        names, out = ("config.json", "log.txt", "step_*.pt"), Path(config.out_dir)
+        if os.path.isdir(out) and any(path for name in names for path in out.glob(name)):
+            folder = out
             if not config.resume and not is_ours(folder):
                 raise SystemExit(f"{folder} holds a run: add --resume auto, or another --out_dir")
     elif any(map(is_ours, unfinished)):
@@ -396,7 +402,12 @@ def line_of(step: int, stream: str, value: float) -> str:
 def log_entries(folder: str | Path) -> list[tuple[int, str, float]]:
     """(step, stream, value) for each line of a run's log.txt. SystemExit names a damaged line."""
     path = Path(folder) / "log.txt"
-    lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else [""]
+    try:
+        lines = path.read_bytes().decode(errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read ({error.strerror}): mend or remove it") from None
     entries = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last \n was cut off
         try:

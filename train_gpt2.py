@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -289,30 +289,43 @@ class GPT(nn.Module):
         return idx
 
     @classmethod
+    def with_weights(cls, config: Config, weights: dict[str, torch.Tensor]) -> "GPT":
+        """A model with these weights. Where they are not the configuration's it says so, by all
+        kinds of exceptions, before that takes any memory."""
+        check_config(config)
+        if config.n_layer > len(weights):
+            raise ValueError(f"{config.n_layer} layers, but {len(weights)} weights")
+        with torch.device("meta"):  # names and shapes alone
+            cls(config).load_state_dict(weights, assign=True)
+        model = cls(config)
+        model.load_state_dict(weights)
+        return model
+
+    @classmethod
     def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":
         """A GPT-2 from a folder with config.json and model.safetensors, as transformers and
         save_pretrained write it, or OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl from the hub.
         SystemExit, one line, if that is no GPT-2."""
-        folder = Path(source) if Path(source).is_dir() else download_gpt2(str(source))
+        folder = Path(source) if os.path.isdir(source) else download_gpt2(str(source))
         try:
             parts = json.loads((folder / "config.json").read_text())
             odd = {key: parts[key] for key in GPT2 if parts.get(key, GPT2[key]) != GPT2[key]}
             if odd:
                 raise ValueError(f"GPT-2 has no {odd}")
             shape = {key: parts[key] for key in NETWORK}
-            model = cls(Config(**shape, block_size=parts["n_positions"], dropout=dropout))
+            config = Config(**shape, block_size=parts["n_positions"], dropout=dropout)
             state = {}
             for name, w in load_file(folder / "model.safetensors").items():
                 if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                     name = "transformer." + name.removeprefix("transformer.")
                     state[name] = w.t() if name.endswith(TRANSPOSED) else w
             wte = state["transformer.wte.weight"]
-            wte = F.pad(wte, (0, 0, 0, model.lm_head.out_features - parts["vocab_size"]))
-            model.load_state_dict(state | {"transformer.wte.weight": wte, "lm_head.weight": wte})
-        except Exception as error:  # no file, no JSON, other keys, types, shapes: each has its own
-            reason = " ".join(repr(error).split())
-            raise SystemExit(f"{folder} holds no GPT-2 that can be loaded: {reason}") from error
-        return model
+            wte = F.pad(wte, (0, 0, 0, -config.vocab_size % 64))
+            state |= {"transformer.wte.weight": wte, "lm_head.weight": wte}
+            return cls.with_weights(config, state)
+        except (Exception, SystemExit) as error:  # no file, no JSON, other keys, types, shapes
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise SystemExit(f"{folder} holds no GPT-2 that can be loaded: {reason:.500}") from None
 
     def save_pretrained(self, folder: str | Path):
         """Write config.json and model.safetensors, for transformers and for from_pretrained."""
@@ -523,7 +536,7 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> li
     model.eval()
     idx = model.generate(idx, max_new_tokens=32, top_k=50, generator=generator)  # (n, T + 32)
     model.train()
-    return [encoding.decode(row) for row in idx.tolist()]
+    return [encoding.decode([t for t in row if t < encoding.n_vocab]) for row in idx.tolist()]
 
 
 # ---- devices and ranks ---------------------------------------------------------------------------
@@ -598,55 +611,70 @@ def flops_per_token(config: Config, n_params: int) -> int:
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def config_of(checkpoint: dict) -> Config:
-    """A checkpoint's hyperparameters; SystemExit where it has others than these."""
+def model_of(path: Path, checkpoint: dict, dropout: float) -> GPT:
+    """A checkpoint's model, whose positions may be more than the windows it was trained on.
+    SystemExit where hyperparameters, weights and moments are not those of a run of this script."""
     try:
-        return Config(**checkpoint["config"])
-    except TypeError as error:
-        raise SystemExit(f"the checkpoint is of another version of this script: {error}") from None
-
-
-def model_of(checkpoint: dict, dropout: float) -> GPT:
-    """A checkpoint's model, whose positions may be more than the windows it was trained on."""
-    n_positions = len(checkpoint["model"]["transformer.wpe.weight"])
-    model = GPT(replace(config_of(checkpoint), block_size=n_positions, dropout=dropout))
-    model.load_state_dict(checkpoint["model"])
-    return model
+        config = Config(**checkpoint["config"])
+        check_config(config)
+        n_positions = len(checkpoint["model"]["transformer.wpe.weight"])
+        config = replace(config, block_size=n_positions, dropout=dropout)
+        model = GPT.with_weights(config, checkpoint["model"])
+        # in configure_optimizer's order; there are none before the first update
+        params = sorted(model.parameters(), key=lambda p: p.dim() < 2)
+        shapes = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in params]
+        moments = checkpoint["optimizer"]["state"].items()
+        found = {i: {key: w.shape for key, w in state.items()} for i, state in moments}
+        if found and found != dict(enumerate(shapes)):
+            raise ValueError("the optimizer's moments are of other weights")
+        return model
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        line = f"{path} is of another version of this script ({reason:.500}): use that version"
+        raise SystemExit(line) from None
 
 
 def load_model(source: str, dropout: float = 0.0) -> GPT:
     """The newest weights of a run's folder, or whatever GPT.from_pretrained can load."""
-    _, checkpoint = runs.newest_checkpoint(Path(source))
+    path, checkpoint = runs.newest_checkpoint(Path(source))
     if checkpoint:
-        return model_of(checkpoint, dropout)
+        return model_of(path, checkpoint, dropout)
     exported = Path(source) / "hf"
-    return GPT.from_pretrained(exported if exported.is_dir() else source, dropout)
+    return GPT.from_pretrained(exported if os.path.isdir(exported) else source, dropout)
 
 
 def encoding_of(vocab_size: int):
-    """The encoding that a vocabulary belongs to."""
+    """The encoding that a vocabulary belongs to, or is larger than; SystemExit if none is."""
+    if vocab_size < 50257 and vocab_size != 257:
+        raise SystemExit(
+            f"no encoding has {vocab_size} tokens: give --vocab_size 257 (bytes) or 50257 (GPT-2), "
+            "or --sample_interval 0 --hellaswag_interval 0"
+        )
     return fineweb.get_encoding("bytes" if vocab_size == 257 else "gpt2")
 
 
 def check_config(config: Config):
     """SystemExit naming the first hyperparameter that makes no sense."""
-    for name, value in asdict(config).items():
+    for f in fields(config):
+        name, value, kind = f.name, getattr(config, f.name), type(f.default)
+        if not isinstance(value, int | float if kind is float else kind):  # not from a flag
+            raise SystemExit(f"--{name} {value!r}: give it a value of type {kind.__name__}")
         least = 1 if name.startswith(("n_", "block", "vocab", "total", "max_steps")) else 0
-        below = 1.0 if name in ("dropout", "beta1", "beta2") else math.inf
-        if isinstance(value, int | float) and not least <= value < below:
+        below = 1.0 if name in ("dropout", "beta1", "beta2") else 1e18 if kind is int else math.inf
+        if kind in (int, float) and not least <= value < below:
             raise SystemExit(f"--{name} {value}: give {least} or more, and less than {below}")
     if config.n_embd % config.n_head:
         raise SystemExit(f"--n_embd {config.n_embd} does not divide into --n_head {config.n_head}")
 
 
-def prepare(config: Config, checkpoint: dict | None):
+def prepare(config: Config, path: Path | None, checkpoint: dict | None):
     """All else that a run starts from: configuration, model (on the CPU), fingerprint of the data,
     windows, encoding, HellaSwag's examples. Whatever is wrong with them is said here, before the
     first step."""
     data = fineweb.fingerprint(config.data_dir)
     torch.manual_seed(config.seed)
     if checkpoint:
-        model = model_of(checkpoint, config.dropout)
+        model = model_of(path, checkpoint, config.dropout)
     else:
         model = load_model(config.init_from, config.dropout) if config.init_from else GPT(config)
     if config.init_from:  # the network is that of the weights, whatever the preset's
@@ -704,7 +732,7 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
             prepare_demo(config)
         folder, lock = runs.choose_run(config)
         path, checkpoint = runs.newest_checkpoint(folder) if folder else (None, None)
-        prepared = prepare(config, checkpoint)
+        prepared = prepare(config, path, checkpoint)
         config, raw_model, data, *_ = prepared
         if checkpoint:
             runs.check_same_experiment(config, checkpoint, data, NETWORK)
@@ -715,7 +743,7 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
     if rank > 0:
         folder, path = paths
         checkpoint = runs.load_checkpoint(path) if path else None
-        prepared = prepare(config, checkpoint)
+        prepared = prepare(config, path, checkpoint)
     config, raw_model, data, windows, encoding, examples = prepared
     first_step = checkpoint["step"] if checkpoint else 0
     n_params = sum(p.numel() for p in raw_model.parameters())
@@ -757,8 +785,8 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         """Whether any rank got a signal: all must stop at the same step."""
         return any(sum_over_ranks(stop.signum, device=device))
 
-    micro_steps = itertools.product(range(first_step, config.max_steps), range(grad_accum_steps))
-    batches = prefetch(fetch, micro_steps)
+    steps = range(first_step, config.max_steps)
+    batches = prefetch(fetch, ((s, m) for s in steps for m in range(grad_accum_steps)))
     flops_per_step = flops_per_token(config, n_params) * config.total_batch_size
     texts, bad_steps, recent = [], 0, deque(maxlen=100)  # losses of the last steps
     if rank == 0:
