@@ -267,17 +267,20 @@ class CheckpointWriter:
         try:
             if not self.has_room():  # do not take the last bytes from the log
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            with open(aside, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
+            torch.save(checkpoint, aside)  # by its name: a Python file would stop the loop's Python
+            with open(aside, "rb+") as file:
                 os.fsync(file.fileno())  # on the disk itself, before it gets its name
             os.replace(aside, path)  # whatever stops us, it is whole or absent
             self.remove_old(step)  # and only now is any other file dispensable
             self.failure = ""
         except (OSError, RuntimeError) as error:
-            # torch's archive writer raises an error of its own over the file's
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            self.failure = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            self.failure = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            try:
+                if isinstance(error, RuntimeError):  # torch does not tell the system's reason
+                    with open(aside, "ab") as file:
+                        file.write(bytes(2**20))
+            except OSError as reason:
+                self.failure = reason.strerror
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
 

@@ -432,8 +432,8 @@ def test_a_checkpoint_holds_plain_data_only():
 
 
 def test_a_write_that_breaks_leaves_the_earlier_checkpoint_alone(monkeypatch):
-    def save(checkpoint, file):
-        file.write(b"half")
+    def save(checkpoint, path):
+        Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
     folder = train()
@@ -524,9 +524,9 @@ def test_a_last_line_that_was_cut_off_is_dropped():
 def test_training_goes_on_while_a_checkpoint_is_written(monkeypatch):
     written, save = threading.Event(), torch.save
 
-    def slow(checkpoint, file):
+    def slow(checkpoint, path):
         assert written.wait(60), "the next step never came"
-        save(checkpoint, file)
+        save(checkpoint, path)
 
     def step_6(step, config):  # asked for while the checkpoint of step 4 is being written
         if step == 6:
