@@ -5,11 +5,12 @@
     python fineweb.py --verify my_data               # are the shards what was written?
 
 A shard is a .npy file of uint16 tokens, one dimension. Every document begins with the end-of-text
-token; the stream's first tokens are held out for validation. manifest.json, written last,
-describes the shards, with their checksums. The trainer reads them by open_shards, which compares
-each with its checksum once: verified.json remembers which were right.
+token; the stream's first tokens are held out for validation. The shards are the same for any
+number of workers. manifest.json, written last, describes the shards, with their checksums. The
+trainer reads them by open_shards, which compares each with its checksum once: verified.json
+remembers which were right.
 
-FineWeb-Edu: Penedo et al. 2024, https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu
+FineWeb and FineWeb-Edu: Penedo et al. 2024, https://arxiv.org/abs/2406.17557
 """
 
 import collections
@@ -17,17 +18,19 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
+import multiprocessing
 import os
+import queue
 import re
+import signal
 import sys
-import sysconfig
 import tempfile
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +39,9 @@ import tiktoken
 import tyro
 from tqdm import tqdm
 
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-SUFFIXES = (".parquet", ".jsonl", ".txt")
+import sources
+from sources import Corpus, Piece, one_line
+
 # NAME_SPLIT_NNNNNN: no path to another folder, nothing that ends a line or cannot be printed
 SHARD_NAME = r"[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*_(train|val)_[0-9]{6}\.(npy|bin)"
 # what manifest.json says, and what of each shard: types, and patterns of the values as text
@@ -74,114 +78,189 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         ) from error
 
 
-def read_documents(source: str | Path) -> Iterator[str]:
-    """The documents of a file, or of all files in a folder and below, sorted by path.
-
-    .parquet: column "text"; .jsonl: key "text" of each line; .txt: the file is one document.
-    Null and empty texts are skipped. SystemExit at once where there is nothing to read, and with
-    the file and row (or line) where something is not readable as text.
-    """
-    source = Path(source)
-    if not os.path.exists(source):  # False too for a name that is too long
-        raise SystemExit(f"{source} does not exist: give a file or folder of documents")
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
-    if not files:
-        raise SystemExit(f"{source}: nothing to read, the file types are {', '.join(SUFFIXES)}")
-    # Lazy from here on: a corpus may be larger than the memory.
-    return (text for file in files for text in only_text(rows_of(file), file, "mend or remove it"))
+# ---- tokens: documents through the workers -------------------------------------------------------
 
 
-def rows_of(file: Path) -> Iterator:
-    """Whatever a file has where texts should be, row by row."""
-    if file.suffix == ".txt":
-        yield file.read_bytes().decode("utf-8")  # opened as text, \r\n would become \n
-    elif file.suffix == ".jsonl":
-        with open(file, "rb") as lines:  # in bytes, only \n ends a line
-            for line in lines:  # a blank one counts as null: rows stay lines
-                yield json.loads(line)["text"] if line.strip() else None
-    else:
-        import pyarrow.parquet  # comes with datasets; only parquet needs it
-
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            if "text" not in parquet.schema_arrow.names:
-                raise ValueError('no column "text"')
-            # A few rows of one row group at a time, never the whole file.
-            for batch in parquet.iter_batches(batch_size=1024, columns=["text"]):
-                yield from batch.column(0).to_pylist()
-
-
-def fineweb_edu() -> Iterator[str]:
-    """The documents of FineWeb-Edu's sample-10BT, streamed: no copy of the text on the disk.
-    SystemExit where the hub does not deliver."""
-
-    def rows() -> Iterator:
-        from datasets import load_dataset
-
-        data = load_dataset(FINEWEB_EDU, name="sample-10BT", split="train", streaming=True)
-        yield from (row["text"] for row in data)
-
-    advice = "check the network, or use python fineweb.py FILE_OR_FOLDER, which works offline"
-    return only_text(rows(), FINEWEB_EDU, advice)
-
-
-def only_text(rows: Iterable, origin: str | Path, advice: str) -> Iterator[str]:
-    """The rows without null and empty ones; SystemExit where one is no text or cannot be read."""
-    number = 1
-    try:
-        for row in rows:
-            if row is not None and not isinstance(row, str):
-                raise TypeError(f"{type(row).__name__} where text should be")
-            if row:
-                yield row
-            number += 1
-    except Exception as error:  # json, pyarrow, the hub and the sockets each have their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise SystemExit(f"{origin}, line or row {number}: {reason}: {advice}") from error
-
-
-def standard_library() -> Iterator[str]:
-    """The sources of the running Python's standard library, without tests: code and English
-    (docstrings, and pydoc_data/topics.py, the language reference) that every machine has."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-    names = [file.relative_to(root).as_posix() for file in root.rglob("*.py")]
-    names = [name for name in names if skip.isdisjoint(name.split("/"))]
-    # In the order of a hash of the names neighbours have nothing in common, and it is the same
-    # everywhere: the beginning, which is held out, is like the rest.
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        with contextlib.suppress(UnicodeDecodeError):  # a few old files are not UTF-8
-            text = (root / name).read_text(encoding="utf-8")
-            if text:  # many an __init__.py is empty
-                yield text[:50_000]  # no table of characters should outweigh a hundred modules
-
-
-def tokenize(encoding: str, documents: list[str]) -> np.ndarray:
-    """The documents' tokens in one row, end-of-text before each document: (n,) uint16."""
+def tokenize(piece: Piece, encoding: str) -> np.ndarray:
+    """A piece's documents as tokens, (n,) uint16, end-of-text before each. SystemExit names a row
+    that holds no text."""
     enc = get_encoding(encoding)
-    # "ordinary": a document that spells <|endoftext|> does not end there. uint16: 50,257 < 2**16
-    rows = ([enc.eot_token, *enc.encode_ordinary(document)] for document in documents)
-    return np.concatenate([np.array(row, dtype=np.uint16) for row in rows])
+    eot = np.array([enc.eot_token], dtype=np.uint16)
+    parts = [eot[:0]]
+    for number, text in piece.read():
+        if isinstance(text, str) and text:
+            parts += [eot, encode(enc, text)]
+        elif text is not None and not isinstance(text, str):
+            if not isinstance(text, Exception):
+                text = TypeError(f"{type(text).__name__} where text should be")
+            raise SystemExit(f"{piece.path}, row {number}: {one_line(text)}: mend or remove it")
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")  # 50,257 < 2**16
 
 
-def token_stream(documents: Iterable[str], encoding: str, workers: int) -> Iterator[np.ndarray]:
-    """The documents' tokens, batch by batch in their order, tokenized by `workers` processes."""
-    documents = iter(documents)
-    # Sixteen pages take some milliseconds to tokenize, far longer than to send to a process.
-    batches = iter(lambda: list(itertools.islice(documents, 16)), [])
+def encode(enc: tiktoken.Encoding, text: str) -> np.ndarray:
+    """A text's tokens, (n,) uint32."""
+    try:
+        # a document that spells <|endoftext|> does not end there
+        return enc.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # half a surrogate pair, as JSON can spell it: U+FFFD
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return enc.encode_to_numpy(text, disallowed_special=())
+
+
+def token_stream(corpus: Corpus, encoding: str, workers: int) -> Iterator[np.ndarray]:
+    """The tokens of a corpus's pieces, in their order, tokenized by `workers` processes."""
     if workers == 1:
-        yield from (tokenize(encoding, batch) for batch in batches)
+        for piece in corpus.pieces():
+            yield tokenize(piece, encoding)
         return  # no process to start
-    # multiprocessing.Pool.imap reads its input in a thread, where an error that ends the program
-    # leaves the pool waiting forever. Here the main process reads, and only a little ahead.
-    with ProcessPoolExecutor(workers) as pool:
-        pending = collections.deque()
-        for batch in batches:
-            pending.append(pool.submit(tokenize, encoding, batch))
-            if len(pending) > 4 * workers:
+    # A pipe for each process, which ends where that is killed, even in the middle of an answer.
+    # The pools of the standard library share one among all: the main process would wait forever.
+    idle, processes = queue.SimpleQueue(), []
+    for _ in range(workers):
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.Process(target=work, args=(theirs, encoding), daemon=True)
+        process.start()  # where processes are forked, they are before a file is open
+        theirs.close()
+        idle.put(ours)
+        processes.append(process)
+
+    def ask(piece: Piece) -> np.ndarray:
+        pipe = idle.get()
+        try:
+            pipe.send(piece)
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            answer = SystemExit(
+                "a worker was killed, as happens where memory ends: lower --workers"
+            )
+        idle.put(pipe)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    threads, pending = ThreadPoolExecutor(workers), collections.deque()
+    try:
+        for piece in corpus.pieces():
+            pending.append(threads.submit(ask, piece))
+            if len(pending) > 2 * workers:  # enough to keep them busy while a shard is written
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:  # done, or ended early: then nothing that a worker still does is needed
+        for process in processes:
+            process.terminate()
+        threads.shutdown(cancel_futures=True)
+
+
+def work(pipe: Connection, encoding: str) -> None:
+    """A worker: pieces in, tokens out. It leaves Ctrl-C to the main process, and ends where that
+    was killed."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    while True:
+        piece = pipe.recv()
+        try:
+            answer = tokenize(piece, encoding)
+        except BaseException as error:
+            answer = error
+        pipe.send(answer)
+
+
+# ---- shards: tokens into files -------------------------------------------------------------------
+
+
+def write_shards(
+    documents: Corpus | Iterable[str],
+    out: str | Path,
+    encoding: str,
+    shard_size: int = 100_000_000,
+    val_tokens: int = 100_000,
+    max_tokens: int = 0,
+    workers: int = 0,
+    name: str | None = None,
+) -> dict:
+    """Tokenize documents into NAME_{val,train}_NNNNNN.npy in the folder `out`; return what
+    manifest.json there says.
+
+    Of the stream of tokens, which ends after `max_tokens` (0: with the documents), the first
+    `val_tokens` are for validation. No token is lost between shards of `shard_size`. `workers`
+    processes tokenize (0: one a core). NAME is by default the folder's. SystemExit for impossible
+    numbers and names, for a folder that holds shards or cannot be written, for rows that are no
+    text, and where no tokens are left to train on.
+    """
+    if min(shard_size, val_tokens) < 1 or min(max_tokens, workers) < 0:
+        numbers = "shard_size, val_tokens, max_tokens, workers, max_bad"
+        raise SystemExit(f"{numbers}: give positive numbers")
+    if shard_size > 2**31 or workers > 1000:  # a shard is in memory, and so is a worker
+        raise SystemExit("give a shard_size of at most 2**31 tokens, and at most 1,000 workers")
+    if 0 < max_tokens <= val_tokens:
+        raise SystemExit(none_to_train(val_tokens, "raise --max_tokens"))
+    corpus = documents
+    if not isinstance(corpus, Corpus):
+        corpus = Corpus(functools.partial(sources.document_pieces, documents))
+    enc = get_encoding(encoding)  # before any worker needs it: they find it in tiktoken's cache
+    out = Path(out)
+    name = name or out.resolve().name
+    if not split_of(f"{name}_val_000000.npy"):
+        raise SystemExit(f"{name!r} cannot begin a shard's name: choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # found out now, not after an hour of tokenizing
+    except OSError as error:
+        raise SystemExit(f"cannot write to {out} ({error.strerror}): choose another") from error
+    if any(f.suffix in (".npy", ".bin") or f.name == "manifest.json" for f in out.iterdir()):
+        raise SystemExit(f"{out} already holds shards: choose another --out, or delete it")
+
+    manifest = {"encoding": encoding, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
+    manifest["shards"] = shards = []
+    stream = token_stream(corpus, encoding, workers or n_cores())
+    with contextlib.closing(stream):
+        for split, shard in cut(stream, shard_size, val_tokens, max_tokens):
+            file = f"{name}_{split}_{len(shards):06d}.npy"
+            content = io.BytesIO()  # the file's bytes, to write and to sum
+            np.save(content, shard)
+            write_file(out / file, content.getbuffer())
+            checksum = hashlib.sha256(content.getbuffer()).hexdigest()
+            facts = {"tokens": len(shard), "largest": int(shard.max()), "sha256": checksum}
+            shards.append({"file": file} | facts)
+    if val_tokens >= sum(entry["tokens"] for entry in shards):
+        for entry in shards:  # so that another try finds the folder empty
+            (out / entry["file"]).unlink()
+        raise SystemExit(none_to_train(val_tokens, "add documents"))
+    # Last: a folder without it is not finished.
+    write_file(out / "manifest.json", json.dumps(manifest, indent=2).encode())
+    return manifest
+
+
+def n_cores() -> int:
+    """The cores that this process may use: on a shared machine, fewer than it has."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return len(cores)
+
+
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write aside, then rename: under its own name a file is always whole."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # each rank may write its own
+    try:
+        aside.write_bytes(content)
+        os.replace(aside, path)
+    except OSError as error:
+        raise SystemExit(f"cannot write {path} ({error.strerror}): make room for it") from error
+    finally:
+        with contextlib.suppress(OSError):  # renamed, or never made
+            aside.unlink()
+
+
+def none_to_train(val_tokens: int, advice: str) -> str:
+    return (
+        f"{val_tokens:,} validation tokens leave none to train on: lower --val_tokens or {advice}"
+    )
 
 
 def cut(
@@ -206,84 +285,13 @@ def cut(
                 if filled == shard_size or total == val_tokens:
                     yield "val" if total <= val_tokens else "train", shard[:filled]
                     filled = 0
-            if total == max_tokens:
+            if max_tokens and total == max_tokens:
                 break
     if filled:  # the last shard is as long as it happens to be
         yield "val" if total <= val_tokens else "train", shard[:filled]
 
 
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write aside, then rename: under its own name a file is always whole."""
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # each rank may write its own
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    except OSError as error:
-        raise SystemExit(f"cannot write {path} ({error.strerror}): make room for it") from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed, or never made
-            aside.unlink()
-
-
-def write_shards(
-    documents: Iterable[str],
-    out: str | Path,
-    encoding: str,
-    shard_size: int = 100_000_000,
-    val_tokens: int = 100_000,
-    max_tokens: int = 0,
-    workers: int = 0,
-    name: str | None = None,
-) -> dict:
-    """Tokenize documents into NAME_{val,train}_NNNNNN.npy in the folder `out`; return what
-    manifest.json there says.
-
-    Of the stream of tokens, which ends after `max_tokens` (0: with the documents), the first
-    `val_tokens` are for validation. No token is lost between shards of `shard_size`. `workers`
-    processes tokenize (0: one a core). NAME is by default the folder's.
-    SystemExit for impossible numbers and names, for a folder that holds shards or cannot be
-    written, and where no tokens are left to train on.
-    """
-    out = Path(out)
-    name = name or out.resolve().name
-    if not split_of(f"{name}_val_000000.npy"):
-        raise SystemExit(f"{name!r} cannot begin a shard's name: choose another --out")
-    enc = get_encoding(encoding)  # before any worker needs it: they find it in tiktoken's cache
-    if min(shard_size, val_tokens) < 1 or min(max_tokens, workers) < 0:
-        raise SystemExit("shard_size, val_tokens, max_tokens, workers: give positive numbers")
-    if shard_size > 2**31 or workers > 1000:  # a shard is in memory, and so is a worker
-        raise SystemExit("give a shard_size of at most 2**31 tokens, and at most 1,000 workers")
-    too_short = f"{val_tokens:,} validation tokens leave none to train on: lower --val_tokens"
-    if 0 < max_tokens <= val_tokens:
-        raise SystemExit(f"{too_short} or raise --max_tokens")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # found out now, not after an hour of tokenizing
-    except OSError as error:
-        raise SystemExit(f"cannot write to {out} ({error.strerror}): choose another") from error
-    if any(f.suffix in (".npy", ".bin") or f.name == "manifest.json" for f in out.iterdir()):
-        raise SystemExit(f"{out} already holds shards: choose another --out, or delete it")
-
-    shards, split = [], "val"
-    stream = token_stream(documents, encoding, workers or os.cpu_count() or 1)
-    for split, tokens in cut(stream, shard_size, val_tokens, max_tokens):
-        file = f"{name}_{split}_{len(shards):06d}.npy"
-        content = io.BytesIO()  # the file's bytes, to write and to sum
-        np.save(content, tokens)
-        write_file(out / file, content.getbuffer())
-        checksum = hashlib.sha256(content.getbuffer()).hexdigest()
-        facts = {"tokens": len(tokens), "largest": int(tokens.max()), "sha256": checksum}
-        shards.append({"file": file} | facts)
-    if split == "val":
-        for shard in shards:  # so that another try finds the folder empty
-            (out / shard["file"]).unlink()
-        raise SystemExit(f"{too_short} or add documents")
-
-    manifest = {"encoding": encoding, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
-    manifest["shards"] = shards
-    # Last: a folder without it is not finished.
-    write_file(out / "manifest.json", json.dumps(manifest, indent=2).encode())
-    return manifest
+# ---- shards: opened, and compared with what was written ------------------------------------------
 
 
 def split_of(name: str) -> str | None:
@@ -454,6 +462,9 @@ def verify_folder(folder: str | Path) -> None:
     print(f"{folder}: {len(files)} shards, {n_tokens:,} tokens, all as manifest.json says")
 
 
+# ---- the command line ----------------------------------------------------------------------------
+
+
 def main(
     source: tyro.conf.Positional[str] = "",
     out: str = "",
@@ -477,16 +488,17 @@ def main(
         verify: instead, a folder whose shards to read and compare with its manifest.json
     """
     if verify and (source or out):
-        raise SystemExit("--verify writes no shards: give it neither a source nor --out")
+        raise SystemExit("--verify writes no shards: give it nothing but a folder")
     if verify:
         return verify_folder(verify)
     if source and not out:
         raise SystemExit("name a folder for the shards: --out my_data")
     out = out or "edu_fineweb10B"
     val_tokens = val_tokens or (100_000 if source else shard_size)
-    documents, name = (read_documents(source), None) if source else (fineweb_edu(), "edufineweb")
+    corpus = sources.corpus_of(source) if source else sources.fineweb_edu()
     numbers = (shard_size, val_tokens, max_tokens, workers)
-    manifest = write_shards(documents, out, encoding, *numbers, name)
+    name = None if source else "edufineweb"
+    manifest = write_shards(corpus, out, encoding, *numbers, name)
     total = sum(shard["tokens"] for shard in manifest["shards"])
     print(f"{total:,} tokens, the first {val_tokens:,} for validation, in {out}")
     print(f"train on them: python train_gpt2.py --data_dir {out}")

@@ -43,6 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 import fineweb
 import hellaswag
 import runs
+import sources
 
 # ---- hyperparameters: the part to tweak ----------------------------------------------------------
 
@@ -932,7 +933,7 @@ def prepare_demo(config: Config):
     print(f"making {folder}/ from the sources of Python's standard library, a token a byte")
     aside = folder.with_name(folder.name + ".tmp")  # renamed when whole
     shutil.rmtree(aside, ignore_errors=True)
-    documents = fineweb.standard_library()
+    documents = sources.standard_library()
     fineweb.write_shards(documents, aside, "bytes", val_tokens=300_000, workers=1, name="stdlib")
     tokens = np.concatenate(fineweb.open_shards(aside, "val", vocab_size=257))
     text = fineweb.get_encoding("bytes").decode(tokens.tolist())

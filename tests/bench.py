@@ -4,7 +4,7 @@
     python tests/bench.py memory       # of one step of the 124M: this model, or transformers'
     python tests/bench.py optimizer    # fused AdamW, or torch's default on a CPU
     python tests/bench.py checkpoint   # what one costs the loop: written beside it, or in it
-    python tests/bench.py fineweb      # tokenizing on every core, or on one
+    python tests/bench.py fineweb      # tokenizing on every core, or as one would write it at first
     python tests/bench.py hellaswag    # a batch of examples at a time, or one
     python tests/bench.py shakespeare input.txt  # the preset, or nanoGPT's recipe for a CPU
 
@@ -15,6 +15,7 @@ import argparse
 import copy
 import functools
 import itertools
+import multiprocessing
 import os
 import resource
 import statistics
@@ -28,11 +29,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import pyarrow.parquet
 import torch
 
 import fineweb
 import hellaswag
 import runs
+import sources
 import train_gpt2
 from train_gpt2 import GPT, PRESETS, Config, configure_optimizer, get_batch, prefetch
 
@@ -178,19 +181,51 @@ def bench_checkpoint() -> None:
         writer.wait()
 
 
-def bench_fineweb() -> None:
-    documents = list(itertools.islice(fineweb.standard_library(), 400))
+def bench_fineweb(path: str = "") -> None:
+    """From a parquet file to shards, reading and writing included, in GPT-2's encoding."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not path:
+            path = f"{folder}/stdlib.parquet"
+            table = pyarrow.table({"text": list(sources.standard_library()) * 4})
+            pyarrow.parquet.write_table(table, path, row_group_size=100)
 
-    def shards(workers: int) -> float:
-        with tempfile.TemporaryDirectory() as out:
-            return clock(lambda: fineweb.write_shards(documents, out, "bytes", workers=workers))
+        def shards(workers: int) -> None:
+            with tempfile.TemporaryDirectory() as out:
+                fineweb.write_shards(sources.corpus_of(path), out, "gpt2", workers=workers)
 
-    ways = {"a worker a core": lambda: shards(0), "1 worker": lambda: shards(1)}
-    compare(f"{sum(map(len, documents)) / 1e6:.1f} MB to tokens, a token a byte", "seconds", ways)
+        def plain(rows) -> None:
+            np.save(f"{folder}/plain.npy", np.concatenate(list(rows)))
+
+        def texts() -> list[str]:
+            return pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
+
+        def one_by_one() -> None:
+            plain(map(plain_tokens, texts()))
+
+        def pool() -> None:
+            with multiprocessing.Pool(max(1, (os.cpu_count() or 1) // 2)) as workers:
+                plain(workers.imap(plain_tokens, texts(), chunksize=16))
+
+        one_by_one()  # GPT-2's vocabulary is loaded, for all of them
+        n_tokens = len(np.load(f"{folder}/plain.npy"))
+        rate = lambda way, *args: n_tokens / clock(way, *args)  # noqa: E731
+        ways = {
+            "a worker a core": lambda: rate(shards, 0),
+            "1 worker": lambda: rate(shards, 1),
+            "Pool(cores // 2).imap": lambda: rate(pool),
+            "document by document": lambda: rate(one_by_one),
+        }
+        compare(f"{n_tokens / 1e6:.1f}M tokens from {Path(path).name}", "tokens/s", ways)
+
+
+def plain_tokens(text: str) -> np.ndarray:
+    """One document, the plain way."""
+    enc = fineweb.get_encoding("gpt2")
+    return np.array([enc.eot_token, *enc.encode_ordinary(text)], dtype=np.uint16)
 
 
 def bench_hellaswag() -> None:
-    documents = list(itertools.islice(fineweb.standard_library(), 20))
+    documents = list(itertools.islice(sources.standard_library(), 20))
     args = hellaswag.make_examples(documents, count=64), fineweb.get_encoding("bytes"), 128, "cpu"
     way = functools.partial(clock, hellaswag.evaluate, GPT(PRESETS["demo"]), *args)
     ways = {f"{n} at a time": functools.partial(way, n) for n in (8, 1)}
@@ -241,6 +276,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [name[6:] for name in globals() if name.startswith("bench_")]
     parser.add_argument("name", choices=names)
-    parser.add_argument("argument", nargs="*", help="shakespeare: the text's path")
+    parser.add_argument(
+        "argument", nargs="*", help="shakespeare: a text file; fineweb: a .parquet file, or none"
+    )
     arguments = parser.parse_args()
     globals()[f"bench_{arguments.name}"](*arguments.argument)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import fineweb
+import sources
 from runs import read_log
 from train_gpt2 import main, parse_arguments
 
@@ -24,8 +24,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     torch.set_num_threads(1)
-    documents = list(itertools.islice(fineweb.standard_library(), 60))
-    monkeypatch.setattr(fineweb, "standard_library", lambda: iter(documents))
+    documents = list(itertools.islice(sources.standard_library(), 60))
+    monkeypatch.setattr(sources, "standard_library", lambda: iter(documents))
 
 
 def demo(*flags):

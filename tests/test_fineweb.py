@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 
 import fineweb
+import sources
 
 ROOT = Path(fineweb.__file__).resolve().parent
 # Several bytes a letter, a carriage return, and an end-of-text that is none.
@@ -69,7 +70,7 @@ def write(path, texts):
 def test_documents_survive(tmp_path, suffix):
     source = tmp_path / f"source{suffix}"
     write(source, DOCUMENTS if suffix == ".txt" else [None, *DOCUMENTS, ""])
-    shard(tmp_path / "out", fineweb.read_documents(source))
+    shard(tmp_path / "out", sources.corpus_of(source))
     expected = ["".join(DOCUMENTS)] if suffix == ".txt" else DOCUMENTS
     assert documents_in(tmp_path / "out") == expected
 
@@ -79,7 +80,8 @@ def test_folder(tmp_path):
     for name, texts in {"b/2.jsonl": ["2", "3"], "a.parquet": ["1"], "c.txt": ["4"]}.items():
         write(tmp_path / name, texts)
     (tmp_path / "d.md").write_text("not a document")
-    assert list(fineweb.read_documents(tmp_path)) == ["1", "2", "3", "4"]
+    pieces = sources.corpus_of(tmp_path).pieces()
+    assert [text for piece in pieces for _, text in piece.read() if text] == [*"1234"]
 
 
 @pytest.mark.parametrize("shard_size", [1, 7, 64, 10**6])
@@ -150,7 +152,7 @@ def test_gpt2_encoding(tmp_path):
 
 
 def test_standard_library():
-    texts = list(fineweb.standard_library())
+    texts = list(sources.standard_library())
     assert all(texts) and sum(map(len, texts)) > 5e6
     assert Path(json.__file__).read_text(encoding="utf-8") in texts
     assert Path(pytest.__file__).read_text(encoding="utf-8") not in texts  # site-packages
@@ -159,10 +161,10 @@ def test_standard_library():
 BAD_SOURCES = [
     ("absent.txt", None, "does not exist"),
     ("a.docx", b"", "nothing to read"),
-    ("a.txt", b"\xff\xfe", "a.txt, line or row 1:"),
-    ("a.parquet", b"PAR1", "a.parquet, line or row 1:"),
-    ("a.jsonl", b'{"text": "fine"}\n\n{"text": "bro', "a.jsonl, line or row 3:"),
-    ("a.jsonl", b'{"text": "fine"}\n{"body": ""}\n', "a.jsonl, line or row 2:"),
+    ("a.txt", b"\xff\xfe", "a.txt, row 1:"),
+    ("a.parquet", b"PAR1", "a.parquet is damaged"),
+    ("a.jsonl", b'{"text": "fine"}\n\n{"text": "bro', "a.jsonl, row 3:"),
+    ("a.jsonl", b'{"text": "fine"}\n{"body": ""}\n', "a.jsonl, row 2:"),
     ("a.jsonl", b'{"text": 5}\n', "int where text should be"),
 ]
 
@@ -173,14 +175,14 @@ def test_bad_source(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     # Two workers: an error must not leave one of them waiting.
     assert message in error_of(
-        lambda: shard(tmp_path / "out", fineweb.read_documents(tmp_path / name), workers=2)
+        lambda: shard(tmp_path / "out", sources.corpus_of(tmp_path / name), workers=2)
     )
 
 
 def test_parquet_without_text(tmp_path):
-    assert "nothing to read" in error_of(fineweb.read_documents, tmp_path)
+    assert "nothing to read" in error_of(sources.corpus_of, tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
-    assert 'no column "text"' in error_of(list, fineweb.read_documents(tmp_path))
+    assert 'a column "text"' in error_of(shard, tmp_path / "out", sources.corpus_of(tmp_path))
 
 
 BAD_SETTINGS = [
@@ -230,7 +232,7 @@ def test_no_network(monkeypatch):
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fails))
-    message = error_of(list, fineweb.fineweb_edu())
+    message = error_of(list, sources.fineweb_edu().pieces())
     assert "HuggingFaceFW/fineweb-edu" in message and "works offline" in message
     monkeypatch.setattr(fineweb.tiktoken, "get_encoding", fails)
     fresh = fineweb.get_encoding.__wrapped__  # without what it remembers
@@ -251,7 +253,7 @@ def test_command_line(tmp_path, broken):
     done = python(tmp_path, ROOT / "fineweb.py", "a.jsonl", *flags.split())
     assert done.returncode == broken and "Traceback" not in done.stderr
     if broken:
-        assert done.stderr.splitlines()[-1].startswith("a.jsonl, line or row 1201: ")
+        assert done.stderr.splitlines()[-1].startswith("a.jsonl, row 1201: ")
     else:
         assert "train_gpt2.py --data_dir my_data" in done.stdout
         assert documents_in(tmp_path / "my_data") == DOCUMENTS * 200
@@ -704,8 +706,8 @@ def test_verify_of_files_that_are_no_files(tmp_path, capsys):
 def test_verify_needs_a_folder_with_a_manifest_and_nothing_else(tmp_path):
     shard(tmp_path / "data")
     folder = str(tmp_path / "data")
-    assert "--out" in error_of(fineweb.main, source="text.txt", verify=folder)
-    assert "--out" in error_of(fineweb.main, out="other", verify=folder)
+    assert "--verify" in error_of(fineweb.main, source="text.txt", verify=folder)
+    assert "--verify" in error_of(fineweb.main, out="other", verify=folder)
     (tmp_path / "data" / "manifest.json").unlink()
     for name in ("data", "nowhere"):
         message = error_of(fineweb.main, verify=str(tmp_path / name))
