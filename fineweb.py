@@ -40,8 +40,9 @@ import tyro
 from tqdm import tqdm
 
 import sources
-from sources import Corpus, Piece, one_line
+from sources import Corpus, Piece, chunks, one_line
 
+LONGEST_CHUNK = 2**18  # characters that tiktoken gets at a time: a gap of a million is too many
 # NAME_SPLIT_NNNNNN: no path to another folder, nothing that ends a line or cannot be printed
 SHARD_NAME = r"[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*_(train|val)_[0-9]{6}\.(npy|bin)"
 # what manifest.json says, and what of each shard: types, and patterns of the values as text
@@ -87,9 +88,10 @@ def tokenize(piece: Piece, encoding: str) -> np.ndarray:
     enc = get_encoding(encoding)
     eot = np.array([enc.eot_token], dtype=np.uint16)
     parts = [eot[:0]]
-    for number, text in piece.read():
+    for number, text, begins in piece.read():
         if isinstance(text, str) and text:
-            parts += [eot, encode(enc, text)]
+            parts += [eot] if begins else []
+            parts += [encode(enc, chunk) for chunk in chunks(text, LONGEST_CHUNK)]
         elif text is not None and not isinstance(text, str):
             if not isinstance(text, Exception):
                 text = TypeError(f"{type(text).__name__} where text should be")

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,11 +18,13 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 SUFFIXES = (".parquet", ".jsonl", ".txt")
 
 BLOCK = 2**22  # bytes of text, about, that a worker gets at a time: half a second's work
+LARGE = 2**25  # more is read by the main process
+LONGEST = 2**27  # bytes of one text; a longer one is a bad row, except in a text file
 
 
-# A row: its number in the file and its text, one document. In place of the text there may be None,
-# a value of another type, or the exception that says why.
-Row = tuple[int, object]
+# A row: its number in the file, its text, and whether a document begins with it. In place of the
+# text there may be None, a value of another type, or the exception that says why.
+Row = tuple[int, object, bool]
 
 
 class Piece(NamedTuple):
@@ -89,38 +92,77 @@ def file_pieces(paths: list[str]) -> Iterator[Piece]:
 
 def document_pieces(documents: Iterable[str]) -> Iterator[Piece]:
     """The pieces of documents as they come."""
-    return (Piece("the documents", read) for read in batches(enumerate(documents, 1)))
+    rows = ((n, text, True) for n, text in enumerate(documents, 1))
+    return (Piece("the documents", read) for read in batches(rows))
 
 
 def batches(rows: Iterable[Row]) -> Iterator[Callable]:
-    """Rows that are read here instead of by a worker: a BLOCK of them at a time."""
+    """Rows that are read here instead of by a worker: a BLOCK of them at a time, a long text in
+    parts."""
     batch, size = [], 0
-    for number, text in rows:
-        batch.append((number, text))
-        size += len(text) if isinstance(text, str) else 1
-        if size >= BLOCK:
-            yield functools.partial(iter, batch)
-            batch, size = [], 0
+    for number, text, begins in rows:
+        for part in chunks(text, BLOCK) if isinstance(text, str) else [text]:
+            batch.append((number, part, begins))
+            begins = False
+            size += len(part) if isinstance(part, str) else 1
+            if size >= BLOCK:
+                yield functools.partial(iter, batch)
+                batch, size = [], 0
     if batch:
         yield functools.partial(iter, batch)
 
 
+def chunks(text: str, size: int) -> Iterator[str]:
+    """A text in parts of at most `size` characters. They end where words do, so that their tokens
+    are the whole text's; only a word that is longer, with the gap before it, is torn."""
+    start = 0
+    while len(text) - start > size:
+        # no token of GPT-2's goes on from a letter or a sign to a space
+        match = re.compile(r".*\S(?=[ \n])", re.DOTALL).match(text, start, start + size)
+        end = match.end() if match else start + size
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def text_rows(path: str) -> Iterator[Row]:
-    """A text file: one document."""
+    """A text file, which may be larger than the memory, as parts of one document."""
+    rest, begins = "", True
     try:
-        yield 1, Path(path).read_bytes().decode("utf-8")  # opened as text, \r\n would become \n
+        with open(path, encoding="utf-8", newline="") as file:  # "": \r\n stays \r\n
+            while block := file.read(BLOCK):
+                *parts, rest = chunks(rest + block, BLOCK)
+                for part in parts:
+                    yield 1, part, begins
+                    begins = False
+        yield 1, rest, begins
     except (OSError, ValueError) as error:  # ValueError: it is not UTF-8
-        yield 1, error
+        yield 1, error, begins
 
 
 def json_reads(path: str) -> Iterator[Callable]:
-    """What reads a file of JSON lines, a BLOCK at a time."""
+    """What reads a file of JSON lines, a BLOCK at a time. A line that is much longer is read here,
+    as no worker should hold it."""
     number = 1
-    with open(path, "rb") as file:
-        while lines := file.read(BLOCK):
-            lines += file.readline()  # what is left of the last one
-            yield functools.partial(json_rows, lines, number)
-            number += lines.count(b"\n")
+    try:
+        with open(path, "rb") as file:
+            while lines := file.read(BLOCK):
+                rest = file.readline(LONGEST)  # of the last line
+                if len(rest) < BLOCK:
+                    yield functools.partial(json_rows, lines + rest, number)
+                elif rest.endswith(b"\n") or not file.peek(1):
+                    yield from batches(json_rows(lines + rest, number))
+                else:
+                    lines = lines[: lines.rfind(b"\n") + 1]
+                    yield functools.partial(json_rows, lines, number)
+                    error = ValueError(f"the line is longer than {LONGEST:,} bytes")
+                    yield functools.partial(iter, [(number + lines.count(b"\n"), error, True)])
+                    while not rest.endswith(b"\n") and (rest := file.readline(BLOCK)):
+                        pass
+                number += (lines + rest[-1:]).count(b"\n")
+    except (OSError, ValueError) as error:
+        rest = ValueError(f"{error} (and the rest of the file)")
+        yield functools.partial(iter, [(number, rest, True)])
 
 
 def json_rows(lines: bytes, number: int) -> Iterator[Row]:
@@ -134,19 +176,23 @@ def json_rows(lines: bytes, number: int) -> Iterator[Row]:
                 text = ValueError('it has no key "text"')
             except (ValueError, TypeError, RecursionError) as error:
                 text = error
-        yield n, text
+        yield n, text, True
 
 
 def parquet_reads(path: str) -> Iterator[Callable]:
-    """What reads a parquet file: row groups of a BLOCK or more together."""
+    """What reads a parquet file: row groups of a BLOCK or more together. A row group that is LARGE
+    is read here, as no worker should hold it."""
     groups, size, number = [], 0, 1
     for group, (n_rows, n_bytes) in enumerate(row_groups(path)):
-        groups.append((group, number))
-        size += n_bytes
-        number += n_rows
-        if size >= BLOCK:
+        if n_bytes < LARGE:
+            groups.append((group, number))
+            size += n_bytes
+        if groups and (n_bytes >= LARGE or size >= BLOCK):
             yield functools.partial(parquet_rows, path, groups)
             groups, size = [], 0
+        if n_bytes >= LARGE:
+            yield from batches(parquet_rows(path, [(group, number)]))
+        number += n_rows
     if groups:
         yield functools.partial(parquet_rows, path, groups)
 
@@ -164,7 +210,8 @@ def open_parquet(path: str) -> tuple:
     import pyarrow.parquet  # only parquet needs it
 
     try:
-        parquet = pyarrow.parquet.ParquetFile(path)
+        # a buffer, without which all of a row group is read before its first row
+        parquet = pyarrow.parquet.ParquetFile(path, buffer_size=2**16, pre_buffer=False)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         damage = f"{path} is damaged ({one_line(error)})"
         raise SystemExit(f"{damage}: copy it again, or remove it") from None
@@ -180,14 +227,28 @@ def parquet_rows(path: str, groups: list[tuple[int, int]]) -> Iterator[Row]:
     """The rows of row groups, each given as its number and that of its first row."""
     import pyarrow
 
-    parquet, _ = open_parquet(path)
+    parquet, chunks = open_parquet(path)
     for group, number in groups:
+        chunk = chunks[group]
+        mean = 1 + chunk.total_uncompressed_size // max(1, chunk.num_values)  # bytes a row
+        at_a_time = max(1, min(1024, BLOCK // mean))
         try:
-            for text in parquet.read_row_group(group, ["text"], use_threads=False)["text"]:
-                yield number, text.as_py()
-                number += 1
+            for batch in parquet.iter_batches(at_a_time, [group], ["text"], use_threads=False):
+                for value in batch.column(0):
+                    yield number, text_of(value), True
+                    number += 1
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            yield number, error
+            yield number, error, True
+
+
+def text_of(value) -> str | None | Exception:
+    """What pyarrow read as a string, or why it is none."""
+    if value.is_valid and len(value.as_buffer()) > LONGEST:
+        return ValueError(f"the text is longer than {LONGEST:,} bytes")
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def standard_library() -> Iterator[str]:

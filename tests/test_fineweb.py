@@ -81,7 +81,7 @@ def test_folder(tmp_path):
         write(tmp_path / name, texts)
     (tmp_path / "d.md").write_text("not a document")
     pieces = sources.corpus_of(tmp_path).pieces()
-    assert [text for piece in pieces for _, text in piece.read() if text] == [*"1234"]
+    assert [text for piece in pieces for _, text, _ in piece.read() if text] == [*"1234"]
 
 
 @pytest.mark.parametrize("shard_size", [1, 7, 64, 10**6])
