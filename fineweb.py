@@ -27,12 +27,13 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -82,21 +83,30 @@ def get_encoding(name: str) -> tiktoken.Encoding:
 # ---- tokens: documents through the workers -------------------------------------------------------
 
 
-def tokenize(piece: Piece, encoding: str) -> np.ndarray:
-    """A piece's documents as tokens, (n,) uint16, end-of-text before each. SystemExit names a row
-    that holds no text."""
+class Tokens(NamedTuple):
+    """What becomes of a piece."""
+
+    tokens: np.ndarray  # (n,) uint16, end-of-text before each document
+    n_bytes: int  # of text
+    bad: list[str]  # a line for each row that is skipped: the file, the row, what is wrong
+
+
+def tokenize(piece: Piece, encoding: str) -> Tokens:
+    """A piece's documents as tokens, one after the other."""
     enc = get_encoding(encoding)
     eot = np.array([enc.eot_token], dtype=np.uint16)
-    parts = [eot[:0]]
+    parts, n_bytes, bad = [eot[:0]], 0, []
     for number, text, begins in piece.read():
         if isinstance(text, str) and text:
             parts += [eot] if begins else []
             parts += [encode(enc, chunk) for chunk in chunks(text, LONGEST_CHUNK)]
+            n_bytes += len(text if text.isascii() else text.encode("utf-8", "surrogatepass"))
         elif text is not None and not isinstance(text, str):
             if not isinstance(text, Exception):
                 text = TypeError(f"{type(text).__name__} where text should be")
-            raise SystemExit(f"{piece.path}, row {number}: {one_line(text)}: mend or remove it")
-    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")  # 50,257 < 2**16
+            bad.append(f"{piece.path}, row {number}: {one_line(text)}")
+    # 50,257 < 2**16
+    return Tokens(np.concatenate(parts, dtype=np.uint16, casting="unsafe"), n_bytes, bad)
 
 
 def encode(enc: tiktoken.Encoding, text: str) -> np.ndarray:
@@ -109,8 +119,8 @@ def encode(enc: tiktoken.Encoding, text: str) -> np.ndarray:
         return enc.encode_to_numpy(text, disallowed_special=())
 
 
-def token_stream(corpus: Corpus, encoding: str, workers: int) -> Iterator[np.ndarray]:
-    """The tokens of a corpus's pieces, in their order, tokenized by `workers` processes."""
+def token_stream(corpus: Corpus, encoding: str, workers: int) -> Iterator[Tokens]:
+    """What becomes of a corpus's pieces, in their order, tokenized by `workers` processes."""
     if workers == 1:
         for piece in corpus.pieces():
             yield tokenize(piece, encoding)
@@ -126,7 +136,7 @@ def token_stream(corpus: Corpus, encoding: str, workers: int) -> Iterator[np.nda
         idle.put(ours)
         processes.append(process)
 
-    def ask(piece: Piece) -> np.ndarray:
+    def ask(piece: Piece) -> Tokens:
         pipe = idle.get()
         try:
             pipe.send(piece)
@@ -186,17 +196,18 @@ def write_shards(
     max_tokens: int = 0,
     workers: int = 0,
     name: str | None = None,
+    max_bad: int = 100,
 ) -> dict:
     """Tokenize documents into NAME_{val,train}_NNNNNN.npy in the folder `out`; return what
     manifest.json there says.
 
     Of the stream of tokens, which ends after `max_tokens` (0: with the documents), the first
     `val_tokens` are for validation. No token is lost between shards of `shard_size`. `workers`
-    processes tokenize (0: one a core). NAME is by default the folder's. SystemExit for impossible
-    numbers and names, for a folder that holds shards or cannot be written, for rows that are no
-    text, and where no tokens are left to train on.
+    processes tokenize (0: one a core). NAME is by default the folder's. Up to `max_bad` rows that
+    are no text are skipped. SystemExit for impossible numbers and names, for a folder that holds
+    shards or cannot be written, and where no tokens are left to train on.
     """
-    if min(shard_size, val_tokens) < 1 or min(max_tokens, workers) < 0:
+    if min(shard_size, val_tokens) < 1 or min(max_tokens, workers, max_bad) < 0:
         numbers = "shard_size, val_tokens, max_tokens, workers, max_bad"
         raise SystemExit(f"{numbers}: give positive numbers")
     if shard_size > 2**31 or workers > 1000:  # a shard is in memory, and so is a worker
@@ -220,19 +231,22 @@ def write_shards(
         raise SystemExit(f"{out} already holds shards: choose another --out, or delete it")
 
     manifest = {"encoding": encoding, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
-    manifest["shards"] = shards = []
+    manifest |= {"tokens": 0, "documents": 0, "text_bytes": 0, "skipped": [], "shards": []}
     stream = token_stream(corpus, encoding, workers or n_cores())
-    with contextlib.closing(stream):
-        for split, shard in cut(stream, shard_size, val_tokens, max_tokens):
-            file = f"{name}_{split}_{len(shards):06d}.npy"
+    with progress_bar(max_tokens) as bar, contextlib.closing(stream):
+        tokens = counted(stream, manifest, max_bad, bar)
+        for split, shard in cut(tokens, shard_size, val_tokens, max_tokens):
+            file = f"{name}_{split}_{len(manifest['shards']):06d}.npy"
             content = io.BytesIO()  # the file's bytes, to write and to sum
             np.save(content, shard)
             write_file(out / file, content.getbuffer())
             checksum = hashlib.sha256(content.getbuffer()).hexdigest()
             facts = {"tokens": len(shard), "largest": int(shard.max()), "sha256": checksum}
-            shards.append({"file": file} | facts)
-    if val_tokens >= sum(entry["tokens"] for entry in shards):
-        for entry in shards:  # so that another try finds the folder empty
+            manifest["shards"].append({"file": file} | facts)
+            manifest["tokens"] += len(shard)
+            manifest["documents"] += int(np.count_nonzero(shard == enc.eot_token))
+    if val_tokens >= manifest["tokens"]:
+        for entry in manifest["shards"]:  # so that another try finds the folder empty
             (out / entry["file"]).unlink()
         raise SystemExit(none_to_train(val_tokens, "add documents"))
     # Last: a folder without it is not finished.
@@ -265,30 +279,55 @@ def none_to_train(val_tokens: int, advice: str) -> str:
     )
 
 
+def progress_bar(n_tokens: int) -> tqdm:
+    """A bar of so many tokens (0: nobody knows), for a terminal or, seldom drawn, for a file."""
+    every = 1 if sys.stderr.isatty() else 30  # seconds
+    total = n_tokens or None
+    return tqdm(total=total, unit=" tokens", unit_scale=True, mininterval=every, delay=1)
+
+
+def counted(stream: Iterable[Tokens], manifest: dict, max_bad: int, bar: tqdm) -> Iterator:
+    """Pass the tokens on; add the text and bad rows up in the manifest, and show them. SystemExit
+    where more than `max_bad` rows are bad."""
+    t0 = time.perf_counter()
+    for tokens, n_bytes, bad in stream:
+        manifest["text_bytes"] += n_bytes
+        for line in bad:
+            if len(manifest["skipped"]) >= max_bad:
+                limit = f"more than {max_bad} bad rows"
+                raise SystemExit(f"{line}: {limit}: mend or remove it, or raise --max_bad")
+            manifest["skipped"].append(line)
+            if bar.last_print_n > bar.initial:  # it is shown
+                bar.clear()
+            print(f"skipped {line}", file=sys.stderr)
+        rate = manifest["text_bytes"] / 1e6 / (time.perf_counter() - t0)
+        bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
+        bar.update(len(tokens))
+        yield tokens
+
+
 def cut(
     stream: Iterable[np.ndarray], shard_size: int, val_tokens: int, max_tokens: int
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(split, tokens) shard by shard; the tokens are valid until the next shard is asked for."""
     shard = np.empty(shard_size, dtype=np.uint16)  # takes memory only as it is filled
     filled = total = 0
-    with tqdm(total=max_tokens or None, unit="tok", unit_scale=True, mininterval=1, delay=1) as bar:
-        for tokens in stream:
-            if max_tokens:  # the last document may end in the middle
-                tokens = tokens[: max_tokens - total]
-            bar.update(len(tokens))
-            while len(tokens):
-                room = shard_size - filled
-                if total < val_tokens:  # no shard holds both validation and training tokens
-                    room = min(room, val_tokens - total)
-                head, tokens = tokens[:room], tokens[room:]  # a document goes on in the next shard
-                shard[filled : filled + len(head)] = head
-                filled += len(head)
-                total += len(head)
-                if filled == shard_size or total == val_tokens:
-                    yield "val" if total <= val_tokens else "train", shard[:filled]
-                    filled = 0
-            if max_tokens and total == max_tokens:
-                break
+    for tokens in stream:
+        if max_tokens:  # the last document may end in the middle
+            tokens = tokens[: max_tokens - total]
+        while len(tokens):
+            room = shard_size - filled
+            if total < val_tokens:  # no shard holds both validation and training tokens
+                room = min(room, val_tokens - total)
+            head, tokens = tokens[:room], tokens[room:]  # a document goes on in the next shard
+            shard[filled : filled + len(head)] = head
+            filled += len(head)
+            total += len(head)
+            if filled == shard_size or total == val_tokens:
+                yield "val" if total <= val_tokens else "train", shard[:filled]
+                filled = 0
+        if max_tokens and total == max_tokens:
+            break
     if filled:  # the last shard is as long as it happens to be
         yield "val" if total <= val_tokens else "train", shard[:filled]
 
@@ -474,6 +513,7 @@ def main(
     shard_size: int = 100_000_000,
     val_tokens: int = 0,
     max_tokens: int = 0,
+    max_bad: int = 100,
     workers: int = 0,
     verify: str = "",
 ) -> None:
@@ -486,6 +526,7 @@ def main(
         shard_size: tokens a shard
         val_tokens: tokens held out; 0: one shard of FineWeb-Edu, 100,000 of anything else
         max_tokens: stop after so many; 0: all
+        max_bad: rows to skip, at most, because they hold no text
         workers: processes that tokenize; 0: one a core
         verify: instead, a folder whose shards to read and compare with its manifest.json
     """
@@ -500,10 +541,22 @@ def main(
     corpus = sources.corpus_of(source) if source else sources.fineweb_edu()
     numbers = (shard_size, val_tokens, max_tokens, workers)
     name = None if source else "edufineweb"
-    manifest = write_shards(corpus, out, encoding, *numbers, name)
-    total = sum(shard["tokens"] for shard in manifest["shards"])
-    print(f"{total:,} tokens, the first {val_tokens:,} for validation, in {out}")
-    print(f"train on them: python train_gpt2.py --data_dir {out}")
+    manifest = write_shards(corpus, out, encoding, *numbers, name, max_bad)
+    report(Path(out), manifest)
+
+
+def report(out: Path, manifest: dict) -> None:
+    """Print what there is now, and what to do with it."""
+    tokens, documents, text = (manifest[key] for key in ("tokens", "documents", "text_bytes"))
+    sizes = {"val": 0, "train": 0}
+    for entry in manifest["shards"]:
+        sizes[split_of(entry["file"])] += entry["tokens"]
+    print(f"{out}: {tokens:,} tokens of {documents:,} documents, {text / 1e6:,.1f} MB of text,")
+    print(f"  in {len(manifest['shards'])} shards, the first {sizes['val']:,} for validation")
+    if manifest["skipped"]:
+        print(f"  {len(manifest['skipped'])} rows were skipped: manifest.json names them")
+    preset = "gpt2" if manifest["encoding"] == "gpt2" else "shakespeare_char"
+    print(f"train on them: python train_gpt2.py {preset} --data_dir {out}")
 
 
 if __name__ == "__main__":

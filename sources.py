@@ -238,7 +238,7 @@ def parquet_rows(path: str, groups: list[tuple[int, int]]) -> Iterator[Row]:
                     yield number, text_of(value), True
                     number += 1
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            yield number, error, True
+            yield number, ValueError(f"{error} (and the rest of its row group)"), True
 
 
 def text_of(value) -> str | None | Exception:

@@ -175,7 +175,7 @@ def test_bad_source(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     # Two workers: an error must not leave one of them waiting.
     assert message in error_of(
-        lambda: shard(tmp_path / "out", sources.corpus_of(tmp_path / name), workers=2)
+        lambda: shard(tmp_path / "out", sources.corpus_of(tmp_path / name), workers=2, max_bad=0)
     )
 
 
@@ -246,17 +246,23 @@ def test_import_has_no_effect(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_command_line(tmp_path, broken):
-    write(tmp_path / "a.jsonl", DOCUMENTS * 200 + [5] * broken)
+@pytest.mark.parametrize("max_bad", [0, 1])
+def test_command_line(tmp_path, max_bad):
+    """What is broken is skipped and named, or is the end."""
+    write(tmp_path / "a.jsonl", DOCUMENTS * 200 + [5])
     flags = "--out my_data --encoding bytes --shard_size 90_000 --val_tokens 4 --workers 2"
-    done = python(tmp_path, ROOT / "fineweb.py", "a.jsonl", *flags.split())
-    assert done.returncode == broken and "Traceback" not in done.stderr
-    if broken:
-        assert done.stderr.splitlines()[-1].startswith("a.jsonl, row 1201: ")
+    flags = *flags.split(), "--max_bad", str(max_bad)
+    done = python(tmp_path, ROOT / "fineweb.py", "a.jsonl", *flags)
+    assert done.returncode == (max_bad == 0) and "Traceback" not in done.stderr
+    bad = "a.jsonl, row 1201: TypeError: int where text should be"
+    if max_bad == 0:
+        assert done.stderr.splitlines()[-1].startswith(f"{bad}: more than 0 bad rows")
     else:
-        assert "train_gpt2.py --data_dir my_data" in done.stdout
+        assert f"skipped {bad}" in done.stderr.splitlines()
+        assert "1 rows were skipped" in done.stdout
+        assert "--data_dir my_data" in done.stdout
         assert documents_in(tmp_path / "my_data") == DOCUMENTS * 200
+        assert fineweb.read_manifest(tmp_path / "my_data")["skipped"] == [bad]
 
 
 # ---- what manifest.json may say ------------------------------------------------------------------
