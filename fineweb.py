@@ -6,7 +6,8 @@
 
 A shard is a .npy file of uint16 tokens, one dimension. Every document begins with the end-of-text
 token; the stream's first tokens are held out for validation. The shards are the same for any
-number of workers. manifest.json, written last, describes the shards, with their checksums. The
+number of workers. A call that was stopped goes on when the same command is given again, from where
+progress.json says. manifest.json, written last, describes the shards, with their checksums. The
 trainer reads them by open_shards, which compares each with its checksum once: verified.json
 remembers which were right.
 
@@ -23,13 +24,14 @@ import multiprocessing
 import os
 import queue
 import re
+import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,17 +40,23 @@ from typing import Literal, NamedTuple
 import numpy as np
 import tiktoken
 import tyro
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import sources
 from sources import Corpus, Piece, chunks, one_line
 
 LONGEST_CHUNK = 2**18  # characters that tiktoken gets at a time: a gap of a million is too many
+BYTES_A_TOKEN = {"gpt2": 4, "bytes": 1}  # about, in English
 # NAME_SPLIT_NNNNNN: no path to another folder, nothing that ends a line or cannot be printed
 SHARD_NAME = r"[^/\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*_(train|val)_[0-9]{6}\.(npy|bin)"
 # what manifest.json says, and what of each shard: types, and patterns of the values as text
 MANIFEST = {"encoding": (str, ".*"), "eot_token": (int, ".*"), "shards": (list, "(?s).*")}
 MANIFEST |= {"vocab_size": (int, "[1-9][0-9]{0,17}")}
+# and what it says besides if write_shards has made it: totals, and what a further call compares
+TOTALS = dict.fromkeys(("tokens", "documents", "text_bytes"), (int, "[0-9]{1,18}"))
+MADE = TOTALS | {"skipped": (list, "(?s).*"), "made_by": (dict, "(?s).*")}
+POSITION = {"position": (list, r"\[\d+, \d+, \d+\]")}  # of a file, a piece, and in its tokens
 ENTRY = {"file": (str, SHARD_NAME), "sha256": (str, "[0-9a-f]{64}")}
 ENTRY |= {"tokens": (int, "[0-9]{1,18}"), "largest": (int, "[0-9]{1,18}")}
 # one at a time: Python 3.11's parser, by which numpy reads them, errs now and then when threads
@@ -119,11 +127,13 @@ def encode(enc: tiktoken.Encoding, text: str) -> np.ndarray:
         return enc.encode_to_numpy(text, disallowed_special=())
 
 
-def token_stream(corpus: Corpus, encoding: str, workers: int) -> Iterator[Tokens]:
-    """What becomes of a corpus's pieces, in their order, tokenized by `workers` processes."""
+def token_stream(
+    corpus: Corpus, encoding: str, workers: int, file: int = 0, number: int = 0
+) -> Iterator[tuple[Piece, Tokens]]:
+    """A corpus's pieces from one on, in their order, tokenized by `workers` processes."""
     if workers == 1:
-        for piece in corpus.pieces():
-            yield tokenize(piece, encoding)
+        for piece in corpus.pieces(file, number):
+            yield piece, tokenize(piece, encoding)
         return  # no process to start
     # A pipe for each process, which ends where that is killed, even in the middle of an answer.
     # The pools of the standard library share one among all: the main process would wait forever.
@@ -143,7 +153,8 @@ def token_stream(corpus: Corpus, encoding: str, workers: int) -> Iterator[Tokens
             answer = pipe.recv()
         except (EOFError, OSError):
             answer = SystemExit(
-                "a worker was killed, as happens where memory ends: lower --workers"
+                "a worker was killed, as happens where memory ends: give the same command with "
+                "fewer --workers, and it goes on"
             )
         idle.put(pipe)
         if isinstance(answer, BaseException):
@@ -152,12 +163,13 @@ def token_stream(corpus: Corpus, encoding: str, workers: int) -> Iterator[Tokens
 
     threads, pending = ThreadPoolExecutor(workers), collections.deque()
     try:
-        for piece in corpus.pieces():
-            pending.append(threads.submit(ask, piece))
+        for piece in corpus.pieces(file, number):
+            pending.append((piece, threads.submit(ask, piece)))
             if len(pending) > 2 * workers:  # enough to keep them busy while a shard is written
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+                piece, future = pending.popleft()
+                yield piece, future.result()
+        for piece, future in pending:
+            yield piece, future.result()
     finally:  # done, or ended early: then nothing that a worker still does is needed
         for process in processes:
             process.terminate()
@@ -204,8 +216,9 @@ def write_shards(
     Of the stream of tokens, which ends after `max_tokens` (0: with the documents), the first
     `val_tokens` are for validation. No token is lost between shards of `shard_size`. `workers`
     processes tokenize (0: one a core). NAME is by default the folder's. Up to `max_bad` rows that
-    are no text are skipped. SystemExit for impossible numbers and names, for a folder that holds
-    shards or cannot be written, and where no tokens are left to train on.
+    are no text are skipped. A corpus with an identity goes on where an earlier call was stopped.
+    SystemExit for impossible numbers and names, for a folder that holds other shards or cannot be
+    written, and where no tokens are left to train on.
     """
     if min(shard_size, val_tokens) < 1 or min(max_tokens, workers, max_bad) < 0:
         numbers = "shard_size, val_tokens, max_tokens, workers, max_bad"
@@ -217,8 +230,28 @@ def write_shards(
     corpus = documents
     if not isinstance(corpus, Corpus):
         corpus = Corpus(functools.partial(sources.document_pieces, documents))
-    enc = get_encoding(encoding)  # before any worker needs it: they find it in tiktoken's cache
-    out = Path(out)
+    get_encoding(encoding)  # before any worker needs it: they find it in tiktoken's cache
+    settings = {"source": corpus.identity, "encoding": encoding, "shard_size": shard_size}
+    settings |= {"val_tokens": val_tokens, "max_tokens": max_tokens}
+    stream = functools.partial(token_stream, corpus, encoding, workers or n_cores())
+    return write_stream(stream, Path(out), name, settings, max_bad, corpus.n_bytes)
+
+
+def n_cores() -> int:
+    """The cores that this process may use: on a shared machine, fewer than it has."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    return len(cores)
+
+
+def write_stream(
+    stream: Callable[..., Iterator[tuple[Piece, Tokens]]],
+    out: Path,
+    name: str | None,
+    settings: dict,
+    max_bad: int,
+    n_bytes: int,
+) -> dict:
+    """write_shards for a stream of tokens: stream(file, number) yields the pieces from one on."""
     name = name or out.resolve().name
     if not split_of(f"{name}_val_000000.npy"):
         raise SystemExit(f"{name!r} cannot begin a shard's name: choose another --out")
@@ -227,37 +260,42 @@ def write_shards(
         tempfile.TemporaryFile(dir=out).close()  # found out now, not after an hour of tokenizing
     except OSError as error:
         raise SystemExit(f"cannot write to {out} ({error.strerror}): choose another") from error
-    if any(f.suffix in (".npy", ".bin") or f.name == "manifest.json" for f in out.iterdir()):
-        raise SystemExit(f"{out} already holds shards: choose another --out, or delete it")
-
-    manifest = {"encoding": encoding, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
-    manifest |= {"tokens": 0, "documents": 0, "text_bytes": 0, "skipped": [], "shards": []}
-    stream = token_stream(corpus, encoding, workers or n_cores())
-    with progress_bar(max_tokens) as bar, contextlib.closing(stream):
-        tokens = counted(stream, manifest, max_bad, bar)
-        for split, shard in cut(tokens, shard_size, val_tokens, max_tokens):
-            file = f"{name}_{split}_{len(manifest['shards']):06d}.npy"
-            content = io.BytesIO()  # the file's bytes, to write and to sum
-            np.save(content, shard)
-            write_file(out / file, content.getbuffer())
-            checksum = hashlib.sha256(content.getbuffer()).hexdigest()
-            facts = {"tokens": len(shard), "largest": int(shard.max()), "sha256": checksum}
-            manifest["shards"].append({"file": file} | facts)
-            manifest["tokens"] += len(shard)
-            manifest["documents"] += int(np.count_nonzero(shard == enc.eot_token))
-    if val_tokens >= manifest["tokens"]:
-        for entry in manifest["shards"]:  # so that another try finds the folder empty
-            (out / entry["file"]).unlink()
-        raise SystemExit(none_to_train(val_tokens, "add documents"))
-    # Last: a folder without it is not finished.
-    write_file(out / "manifest.json", json.dumps(manifest, indent=2).encode())
-    return manifest
-
-
-def n_cores() -> int:
-    """The cores that this process may use: on a shared machine, fewer than it has."""
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    return len(cores)
+    with only_writer(out):
+        state = begun(out, name, settings)
+        if "position" not in state:
+            (out / "progress.json").unlink(missing_ok=True)  # killed when all was finished
+            return state
+        n_tokens = n_bytes // BYTES_A_TOKEN[settings["encoding"]]  # about
+        n_tokens = min(n_tokens, settings["max_tokens"] or n_tokens)
+        check_room(out, n_tokens - state["tokens"])
+        write_file(out / "progress.json", json.dumps(state).encode())
+        file, number, offset = state["position"]
+        bar = progress_bar(n_tokens, state["tokens"])
+        with bar, contextlib.closing(stream(file, number)) as pieces:
+            tokens = counted(pieces, state, max_bad, bar, n_bytes)
+            for split, shard, position in cut(tokens, settings, state["tokens"], offset):
+                shard_name = f"{name}_{split}_{len(state['shards']):06d}.npy"
+                content = io.BytesIO()  # the file's bytes, to write and to sum
+                np.save(content, shard)
+                write_file(out / shard_name, content.getbuffer())
+                checksum = hashlib.sha256(content.getbuffer()).hexdigest()
+                facts = {"tokens": len(shard), "largest": int(shard.max()), "sha256": checksum}
+                state["shards"].append({"file": shard_name} | facts)
+                state["tokens"] += len(shard)
+                state["documents"] += int(np.count_nonzero(shard == state["eot_token"]))
+                state["position"] = position
+                write_file(out / "progress.json", json.dumps(state).encode())
+            bar.total = bar.n  # it was an estimate
+        del state["position"]
+        if settings["val_tokens"] >= state["tokens"]:
+            for entry in state["shards"]:  # so that another try finds the folder empty
+                (out / entry["file"]).unlink()
+            (out / "progress.json").unlink(missing_ok=True)
+            raise SystemExit(none_to_train(settings["val_tokens"], "add documents"))
+        # Last: a folder without it is not finished.
+        write_file(out / "manifest.json", json.dumps(state, indent=2).encode())
+        (out / "progress.json").unlink(missing_ok=True)
+    return state
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
@@ -279,57 +317,134 @@ def none_to_train(val_tokens: int, advice: str) -> str:
     )
 
 
-def progress_bar(n_tokens: int) -> tqdm:
-    """A bar of so many tokens (0: nobody knows), for a terminal or, seldom drawn, for a file."""
+@contextlib.contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """SystemExit where another process writes into the folder. A dead one's lock is free, as soon
+    as its workers have ended too."""
+    lock = FileLock(out / "fineweb.lock")
+    try:
+        lock.acquire(timeout=5)
+    except Timeout:
+        raise SystemExit(f"another process writes into {out}: choose another --out") from None
+    except (OSError, NotImplementedError):
+        pass  # a file system without locks, as clusters may have it
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+def begun(out: Path, name: str, settings: dict) -> dict:
+    """What the manifest will say, as far as an earlier call has come, with the position in the
+    stream where the next shard begins; without a position, it is finished. SystemExit if the folder
+    holds anything else."""
+    again = "choose another --out, or delete it"
+    state = read_manifest(out)
+    if "vocab_size" not in state:
+        state = read_manifest(out, "progress.json")
+        for aside in out.glob("*.tmp"):  # of a write that was killed
+            aside.unlink()
+        if state.get("tokens") == 0:  # killed before it could say that it has a shard
+            state = {}
+            for split in ("val", "train"):
+                (out / f"{name}_{split}_000000.npy").unlink(missing_ok=True)
+    if "vocab_size" in state:
+        made_by = state.get("made_by", {})
+        others = [key for key in settings | made_by if made_by.get(key) != settings.get(key)]
+        if others or not settings["source"]:
+            how = f", made with another {', '.join(others)}" if made_by else ""
+            raise SystemExit(f"{out} already holds shards{how}: {again}")
+        for entry in state["shards"]:
+            open_shard(out / entry["file"], entry)
+        if state["tokens"] != sum(entry["tokens"] for entry in state["shards"]):
+            raise SystemExit(f"{out}/progress.json does not add up: {again}")
+        return state
+    if any(path.suffix in (".npy", ".bin") for path in out.iterdir()):
+        raise SystemExit(f"{out} already holds shards: {again}")
+    enc = get_encoding(settings["encoding"])
+    state = {"encoding": enc.name, "vocab_size": enc.n_vocab, "eot_token": enc.eot_token}
+    state |= {"tokens": 0, "documents": 0, "text_bytes": 0, "skipped": []}
+    return state | {"made_by": dict(settings), "shards": [], "position": [0, 0, 0]}
+
+
+def check_room(out: Path, n_tokens: int) -> None:
+    """SystemExit where the disk has less room than so many tokens need."""
+    need, free = 2 * n_tokens, shutil.disk_usage(out).free
+    if need > free:
+        raise SystemExit(
+            f"{out} will need about {need / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free: "
+            "make room, choose another --out, or a --max_tokens of half the bytes there are"
+        )
+
+
+def progress_bar(n_tokens: int, done: int) -> tqdm:
+    """A bar of about so many tokens (0: nobody knows), for a terminal or, seldom drawn, a file."""
     every = 1 if sys.stderr.isatty() else 30  # seconds
-    total = n_tokens or None
-    return tqdm(total=total, unit=" tokens", unit_scale=True, mininterval=every, delay=1)
+    return tqdm(total=n_tokens or None, initial=done, unit=" tokens", unit_scale=True,
+                mininterval=every, delay=1)  # fmt: skip
 
 
-def counted(stream: Iterable[Tokens], manifest: dict, max_bad: int, bar: tqdm) -> Iterator:
-    """Pass the tokens on; add the text and bad rows up in the manifest, and show them. SystemExit
-    where more than `max_bad` rows are bad."""
-    t0 = time.perf_counter()
-    for tokens, n_bytes, bad in stream:
-        manifest["text_bytes"] += n_bytes
-        for line in bad:
-            if len(manifest["skipped"]) >= max_bad:
-                limit = f"more than {max_bad} bad rows"
-                raise SystemExit(f"{line}: {limit}: mend or remove it, or raise --max_bad")
-            manifest["skipped"].append(line)
-            if bar.last_print_n > bar.initial:  # it is shown
-                bar.clear()
-            print(f"skipped {line}", file=sys.stderr)
-        rate = manifest["text_bytes"] / 1e6 / (time.perf_counter() - t0)
-        bar.set_postfix_str(f"{rate:.1f} MB/s", refresh=False)
-        bar.update(len(tokens))
-        yield tokens
+def counted(
+    pieces: Iterable[tuple[Piece, Tokens]], state: dict, max_bad: int, bar: tqdm, n_bytes: int
+) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Pass the pieces' tokens on; add their text and bad rows up in the state, and show them.
+    SystemExit where more than `max_bad` rows are bad."""
+    before = state["position"][:2] if state["tokens"] else None  # this one was counted then
+    n_tokens = state["tokens"] - state["position"][2]  # up to the first piece
+    n_read, t0, max_tokens = 0, time.perf_counter(), state["made_by"]["max_tokens"]
+    for piece, (tokens, size, bad) in pieces:
+        if [piece.file, piece.number] != before:
+            state["text_bytes"] += size
+            for line in bad:
+                if len(state["skipped"]) >= max_bad:
+                    limit = f"more than {max_bad} bad rows"
+                    raise SystemExit(f"{line}: {limit}: mend or remove it, or raise --max_bad")
+                state["skipped"].append(line)
+                if bar.last_print_n > bar.initial:  # it is shown
+                    bar.clear()
+                print(f"skipped {line}", file=sys.stderr)
+        n_read += size
+        n_tokens += len(tokens)
+        if state["text_bytes"] and n_bytes:  # the end, as far as can be seen
+            total = max(n_tokens, round(n_tokens / state["text_bytes"] * n_bytes))
+            bar.total = min(total, max_tokens or total)
+        bar.set_postfix_str(f"{n_read / 1e6 / (time.perf_counter() - t0):.1f} MB/s", refresh=False)
+        bar.update(min(n_tokens, max_tokens or n_tokens) - bar.n)
+        yield piece, tokens
 
 
 def cut(
-    stream: Iterable[np.ndarray], shard_size: int, val_tokens: int, max_tokens: int
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(split, tokens) shard by shard; the tokens are valid until the next shard is asked for."""
-    shard = np.empty(shard_size, dtype=np.uint16)  # takes memory only as it is filled
-    filled = total = 0
-    for tokens in stream:
+    stream: Iterable[tuple[Piece, np.ndarray]], settings: dict, total: int, offset: int
+) -> Iterator[tuple[str, np.ndarray, list[int]]]:
+    """(split, tokens, where the next shard begins), shard by shard; the tokens are valid until the
+    next shard is asked for. `total` tokens, to `offset` in the first piece, are in shards."""
+    shard = np.empty(settings["shard_size"], dtype=np.uint16)  # takes memory only as it is filled
+    val_tokens, max_tokens = settings["val_tokens"], settings["max_tokens"]
+    filled, position = 0, None
+    for piece, tokens in stream:
+        tokens, taken = tokens[offset:], offset
+        offset, position = 0, [piece.file, piece.number, offset]
         if max_tokens:  # the last document may end in the middle
             tokens = tokens[: max_tokens - total]
         while len(tokens):
-            room = shard_size - filled
+            room = len(shard) - filled
             if total < val_tokens:  # no shard holds both validation and training tokens
                 room = min(room, val_tokens - total)
             head, tokens = tokens[:room], tokens[room:]  # a document goes on in the next shard
             shard[filled : filled + len(head)] = head
             filled += len(head)
             total += len(head)
-            if filled == shard_size or total == val_tokens:
-                yield "val" if total <= val_tokens else "train", shard[:filled]
+            taken += len(head)
+            position = [piece.file, piece.number, taken]
+            if filled == len(shard) or total == val_tokens:
+                yield "val" if total <= val_tokens else "train", shard[:filled], position
                 filled = 0
         if max_tokens and total == max_tokens:
             break
     if filled:  # the last shard is as long as it happens to be
-        yield "val" if total <= val_tokens else "train", shard[:filled]
+        yield "val" if total <= val_tokens else "train", shard[:filled], position
 
 
 # ---- shards: opened, and compared with what was written ------------------------------------------
@@ -341,13 +456,17 @@ def split_of(name: str) -> str | None:
     return match[1] if match else None
 
 
-def read_manifest(folder: str | Path) -> dict:
-    """What manifest.json says, every value checked; where there is none, as in llm.c's folders,
-    {"shards": []}. SystemExit, one line, says what is wrong with it."""
-    path = Path(folder) / "manifest.json"
+def read_manifest(folder: str | Path, name: str = "manifest.json") -> dict:
+    """What manifest.json says, or progress.json, every value checked; where there is none, as in
+    llm.c's folders, {"shards": []}. SystemExit, one line, says what is wrong with it."""
+    path = Path(folder) / name
     try:
         manifest = json.loads(path.read_bytes())
         parts = [(manifest, MANIFEST), *((entry, ENTRY) for entry in manifest["shards"])]
+        if "made_by" in manifest:
+            parts.append((manifest, MADE))
+        if name == "progress.json":
+            parts.append((manifest, POSITION))
         for part, rules in parts:
             for key, (kind, pattern) in rules.items():  # `type is`, as a bool is an int too
                 if type(part[key]) is not kind or not re.fullmatch(pattern, str(part[key])):
@@ -517,7 +636,8 @@ def main(
     workers: int = 0,
     verify: str = "",
 ) -> None:
-    """Write a corpus as shards of tokens, or verify a folder of them.
+    """Write a corpus as shards of tokens, or verify a folder of them. A call that was stopped goes
+    on when the same command is given again.
 
     Args:
         source: a .parquet, .jsonl or .txt file, or a folder of such; without it, FineWeb-Edu
@@ -547,11 +667,13 @@ def main(
 
 def report(out: Path, manifest: dict) -> None:
     """Print what there is now, and what to do with it."""
-    tokens, documents, text = (manifest[key] for key in ("tokens", "documents", "text_bytes"))
+    tokens, documents, text = (manifest[key] for key in TOTALS)
     sizes = {"val": 0, "train": 0}
     for entry in manifest["shards"]:
         sizes[split_of(entry["file"])] += entry["tokens"]
-    print(f"{out}: {tokens:,} tokens of {documents:,} documents, {text / 1e6:,.1f} MB of text,")
+    whole = text and not manifest["made_by"]["max_tokens"]  # else more was read than is there
+    bytes_a_token = f", {text / tokens:.2f} bytes a token" if whole else ""
+    print(f"{out}: {tokens:,} tokens of {documents:,} documents{bytes_a_token},")
     print(f"  in {len(manifest['shards'])} shards, the first {sizes['val']:,} for validation")
     if manifest["skipped"]:
         print(f"  {len(manifest['skipped'])} rows were skipped: manifest.json names them")
@@ -562,4 +684,11 @@ def report(out: Path, manifest: dict) -> None:
 if __name__ == "__main__":
     if "" in sys.argv:  # --verify "$FOLDER" without $FOLDER is no wish for 10B tokens
         sys.exit("an empty argument: give a file or folder, or leave it out")
+
+    def stop(number: int, frame) -> None:
+        print("\nstopped: the same command goes on after the last whole shard", file=sys.stderr)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     tyro.cli(main, use_underscores=True)

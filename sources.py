@@ -1,6 +1,7 @@
 """Where documents come from: files of several kinds.
 
-A corpus is read in pieces, each some neighbouring rows of one file: work for a process.
+A corpus is read in pieces, each some neighbouring rows of one file, that can be counted through
+from the beginning: the same files always give the same pieces. What is large is streamed.
 """
 
 import contextlib
@@ -30,14 +31,18 @@ Row = tuple[int, object, bool]
 class Piece(NamedTuple):
     """What a worker tokenizes at a time: rows of one file that follow on each other."""
 
+    file: int  # which of the corpus's files
+    number: int  # which of the file's pieces
     path: str  # the file's, to name bad rows by
     read: Callable[[], Iterable[Row]]
 
 
 class Corpus(NamedTuple):
-    """Documents in their order."""
+    """Documents in their order, which can be read from any piece on."""
 
-    pieces: Callable[[], Iterable[Piece]]
+    pieces: Callable[..., Iterable[Piece]]  # of (file, number); by default from the beginning
+    identity: str = ""  # the same for the same documents; "": they cannot be known again
+    n_bytes: int = 0  # of text, about; 0: nobody knows
 
 
 def corpus_of(source: str | Path) -> Corpus:
@@ -54,7 +59,9 @@ def corpus_of(source: str | Path) -> Corpus:
     files = [str(path) for path in found if path.suffix in SUFFIXES and path.is_file()]
     if not files:
         raise SystemExit(f"{source}: nothing to read, the file types are {', '.join(SUFFIXES)}")
-    return Corpus(functools.partial(file_pieces, files))
+    facts = [(Path(path).name, os.path.getsize(path)) for path in files]
+    identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return Corpus(functools.partial(file_pieces, files), identity, sum(map(text_bytes, files)))
 
 
 def fineweb_edu() -> Corpus:
@@ -71,29 +78,40 @@ def fineweb_edu() -> Corpus:
             advice = "check the network, or use python fineweb.py FILES, which works offline"
             raise SystemExit(f"{FINEWEB_EDU}: {one_line(error)}: {advice}") from error
 
-    return Corpus(functools.partial(document_pieces, texts()))
+    return Corpus(functools.partial(document_pieces, texts()), f"{FINEWEB_EDU}, sample-10BT")
 
 
 def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def file_pieces(paths: list[str]) -> Iterator[Piece]:
-    """The pieces of files."""
-    for path in paths:
+def text_bytes(path: str) -> int:
+    """About how many bytes of text are in a file."""
+    if path.endswith(".parquet"):
+        return sum(n_bytes for _, n_bytes in row_groups(path))
+    return os.path.getsize(path)
+
+
+def file_pieces(paths: list[str], file: int = 0, number: int = 0) -> Iterator[Piece]:
+    """The pieces of files, from one of them on."""
+    for f, path in enumerate(paths[file:], file):
         if path.endswith(".parquet"):
             reads = parquet_reads(path)
         elif path.endswith(".txt"):
             reads = batches(text_rows(path))
         else:
             reads = json_reads(path)
-        yield from (Piece(path, read) for read in reads)
+        for n, read in enumerate(reads):
+            if (f, n) >= (file, number):
+                yield Piece(f, n, path, read)
 
 
-def document_pieces(documents: Iterable[str]) -> Iterator[Piece]:
-    """The pieces of documents as they come."""
-    rows = ((n, text, True) for n, text in enumerate(documents, 1))
-    return (Piece("the documents", read) for read in batches(rows))
+def document_pieces(documents: Iterable[str], file: int = 0, number: int = 0) -> Iterator[Piece]:
+    """The pieces of documents as they come, from one of them on."""
+    reads = batches((n, text, True) for n, text in enumerate(documents, 1))
+    for n, read in enumerate(reads):
+        if n >= number:
+            yield Piece(0, n, "the documents", read)
 
 
 def batches(rows: Iterable[Row]) -> Iterator[Callable]:

@@ -182,7 +182,7 @@ def test_bad_source(tmp_path, name, content, message):
 def test_parquet_without_text(tmp_path):
     assert "nothing to read" in error_of(sources.corpus_of, tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
-    assert 'a column "text"' in error_of(shard, tmp_path / "out", sources.corpus_of(tmp_path))
+    assert 'a column "text"' in error_of(sources.corpus_of, tmp_path)
 
 
 BAD_SETTINGS = [

@@ -83,7 +83,12 @@ def workshop(good, tmp_path, monkeypatch):
 
 
 def contents() -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for p in sorted(Path().rglob("*")) if p.is_file()}
+    """All files, but for how far a call has come: where it has no shard yet, it says nothing."""
+    files = (path for path in sorted(Path().rglob("*")) if path.is_file())
+    found = {str(path): path.read_bytes() for path in files}
+    if b'"tokens": 0,' in found.get("new/progress.json", b""):
+        del found["new/progress.json"]
+    return found
 
 
 def words_of(command: str) -> list[str]:
