@@ -1,7 +1,7 @@
 """Documents in, shards of tokens out.
 
     python fineweb.py                                # FineWeb-Edu sample-10BT -> edu_fineweb10B/
-    python fineweb.py FILE_OR_FOLDER --out my_data   # .parquet, .jsonl, .txt; a folder: all of them
+    python fineweb.py FILES --out my_data            # .parquet, .jsonl (.gz, .zst), .txt; folders
     python fineweb.py --verify my_data               # are the shards what was written?
 
 A shard is a .npy file of uint16 tokens, one dimension. Every document begins with the end-of-text
@@ -626,8 +626,9 @@ def verify_folder(folder: str | Path) -> None:
 
 
 def main(
-    source: tyro.conf.Positional[str] = "",
+    files: tyro.conf.Positional[tuple[str, ...]] = (),
     out: str = "",
+    text_column: str = "text",
     encoding: Literal["gpt2", "bytes"] = "gpt2",
     shard_size: int = 100_000_000,
     val_tokens: int = 0,
@@ -640,8 +641,10 @@ def main(
     on when the same command is given again.
 
     Args:
-        source: a .parquet, .jsonl or .txt file, or a folder of such; without it, FineWeb-Edu
+        files: .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt files, folders and patterns of such;
+            without any, FineWeb-Edu
         out: folder for the shards; without it, edu_fineweb10B for FineWeb-Edu
+        text_column: column of .parquet, key of .jsonl, that holds the text
         encoding: gpt2, or bytes, which needs no download
         shard_size: tokens a shard
         val_tokens: tokens held out; 0: one shard of FineWeb-Edu, 100,000 of anything else
@@ -650,17 +653,17 @@ def main(
         workers: processes that tokenize; 0: one a core
         verify: instead, a folder whose shards to read and compare with its manifest.json
     """
-    if verify and (source or out):
+    if verify and (files or out):
         raise SystemExit("--verify writes no shards: give it nothing but a folder")
     if verify:
         return verify_folder(verify)
-    if source and not out:
+    if files and not out:
         raise SystemExit("name a folder for the shards: --out my_data")
     out = out or "edu_fineweb10B"
-    val_tokens = val_tokens or (100_000 if source else shard_size)
-    corpus = sources.corpus_of(source) if source else sources.fineweb_edu()
+    val_tokens = val_tokens or (100_000 if files else shard_size)
+    corpus = sources.corpus_of(files, text_column) if files else sources.fineweb_edu()
     numbers = (shard_size, val_tokens, max_tokens, workers)
-    name = None if source else "edufineweb"
+    name = None if files else "edufineweb"
     manifest = write_shards(corpus, out, encoding, *numbers, name, max_bad)
     report(Path(out), manifest)
 

@@ -6,7 +6,9 @@ from the beginning: the same files always give the same pieces. What is large is
 
 import contextlib
 import functools
+import glob
 import hashlib
+import io
 import json
 import os
 import re
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-SUFFIXES = (".parquet", ".jsonl", ".txt")
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 
 BLOCK = 2**22  # bytes of text, about, that a worker gets at a time: half a second's work
 LARGE = 2**25  # more is read by the main process
@@ -45,23 +47,41 @@ class Corpus(NamedTuple):
     n_bytes: int = 0  # of text, about; 0: nobody knows
 
 
-def corpus_of(source: str | Path) -> Corpus:
-    """The documents of a file, or of all files in a folder and below, sorted by path.
+def corpus_of(sources: Iterable[str | Path], column: str = "text") -> Corpus:
+    """The documents of files, in the order given; those of a folder, all below it too, and of a
+    pattern sorted by path.
 
-    .parquet: column "text"; .jsonl: key "text" of each line; .txt: the file is one document. Null
-    and empty texts are no documents. SystemExit at once where there is nothing to read, and where
-    a parquet file is damaged or has no such column of text.
+    .parquet: the column; .jsonl (.gz, .zst): that key of each line; .txt: the file is one document.
+    Null and empty texts are no documents.
+    SystemExit at once where there is nothing to read, and where a parquet file is damaged or has
+    no such column of text.
     """
-    source = Path(source)
-    if not os.path.exists(source):  # False too for a name that is too long
-        raise SystemExit(f"{source} does not exist: give a file or folder of documents")
-    found = sorted(source.rglob("*")) if source.is_dir() else [source]
-    files = [str(path) for path in found if path.suffix in SUFFIXES and path.is_file()]
+    files = {}
+    for source in map(str, sources):
+        files |= local_files(source)
     if not files:
-        raise SystemExit(f"{source}: nothing to read, the file types are {', '.join(SUFFIXES)}")
-    facts = [(Path(path).name, os.path.getsize(path)) for path in files]
+        names = ", ".join(map(str, sources))
+        raise SystemExit(f"{names}: nothing to read, the file types are {', '.join(SUFFIXES)}")
+    facts = [column, *((Path(path).name, size) for path, size in files.items())]
     identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return Corpus(functools.partial(file_pieces, files), identity, sum(map(text_bytes, files)))
+    pieces = functools.partial(file_pieces, [*files], column)
+    return Corpus(pieces, identity, text_bytes(files, column))
+
+
+def local_files(source: str) -> dict[str, int]:
+    """The files of documents that a path or a pattern means, and their sizes in bytes."""
+    if os.path.isdir(source):
+        found = sorted(map(str, Path(source).rglob("*")))
+    elif os.path.exists(source):  # False too for a name that is too long
+        found = [source]
+        if not source.endswith(SUFFIXES):
+            raise SystemExit(f"{source}: nothing to read, the file types are {', '.join(SUFFIXES)}")
+    else:
+        found = sorted(glob.glob(source, recursive=True))
+        if not found:
+            raise SystemExit(f"{source} does not exist: give files or folders of documents")
+    found = [path for path in found if path.endswith(SUFFIXES) and os.path.isfile(path)]
+    return {path: os.path.getsize(path) for path in found}
 
 
 def fineweb_edu() -> Corpus:
@@ -85,22 +105,26 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def text_bytes(path: str) -> int:
-    """About how many bytes of text are in a file."""
-    if path.endswith(".parquet"):
-        return sum(n_bytes for _, n_bytes in row_groups(path))
-    return os.path.getsize(path)
+def text_bytes(files: dict[str, int], column: str) -> int:
+    """About how many bytes of text are in files of these sizes."""
+    total = 0
+    for path, size in files.items():
+        if path.endswith(".parquet"):
+            total += sum(n_bytes for _, n_bytes in row_groups(path, column))
+        else:
+            total += size * (4 if path.endswith((".gz", ".zst")) else 1)  # as text is compressed
+    return total
 
 
-def file_pieces(paths: list[str], file: int = 0, number: int = 0) -> Iterator[Piece]:
+def file_pieces(paths: list[str], column: str, file: int = 0, number: int = 0) -> Iterator[Piece]:
     """The pieces of files, from one of them on."""
     for f, path in enumerate(paths[file:], file):
         if path.endswith(".parquet"):
-            reads = parquet_reads(path)
+            reads = parquet_reads(path, column)
         elif path.endswith(".txt"):
             reads = batches(text_rows(path))
         else:
-            reads = json_reads(path)
+            reads = json_reads(path, column)
         for n, read in enumerate(reads):
             if (f, n) >= (file, number):
                 yield Piece(f, n, path, read)
@@ -158,73 +182,75 @@ def text_rows(path: str) -> Iterator[Row]:
         yield 1, error, begins
 
 
-def json_reads(path: str) -> Iterator[Callable]:
+def json_reads(path: str, column: str) -> Iterator[Callable]:
     """What reads a file of JSON lines, a BLOCK at a time. A line that is much longer is read here,
     as no worker should hold it."""
+    import pyarrow
+
     number = 1
     try:
-        with open(path, "rb") as file:
+        with io.BufferedReader(pyarrow.input_stream(path, compression="detect")) as file:
             while lines := file.read(BLOCK):
                 rest = file.readline(LONGEST)  # of the last line
                 if len(rest) < BLOCK:
-                    yield functools.partial(json_rows, lines + rest, number)
+                    yield functools.partial(json_rows, lines + rest, number, column)
                 elif rest.endswith(b"\n") or not file.peek(1):
-                    yield from batches(json_rows(lines + rest, number))
+                    yield from batches(json_rows(lines + rest, number, column))
                 else:
                     lines = lines[: lines.rfind(b"\n") + 1]
-                    yield functools.partial(json_rows, lines, number)
+                    yield functools.partial(json_rows, lines, number, column)
                     error = ValueError(f"the line is longer than {LONGEST:,} bytes")
                     yield functools.partial(iter, [(number + lines.count(b"\n"), error, True)])
                     while not rest.endswith(b"\n") and (rest := file.readline(BLOCK)):
                         pass
                 number += (lines + rest[-1:]).count(b"\n")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # what is compressed may be torn
         rest = ValueError(f"{error} (and the rest of the file)")
         yield functools.partial(iter, [(number, rest, True)])
 
 
-def json_rows(lines: bytes, number: int) -> Iterator[Row]:
+def json_rows(lines: bytes, number: int, column: str) -> Iterator[Row]:
     """The rows of JSON lines, of which the first has that number."""
     for n, line in enumerate(lines.split(b"\n"), number):  # in bytes, only \n ends a line
         text = None
         if line.strip():
             try:
-                text = json.loads(line)["text"]
+                text = json.loads(line)[column]
             except KeyError:
-                text = ValueError('it has no key "text"')
+                text = ValueError(f'it has no key "{column}"')
             except (ValueError, TypeError, RecursionError) as error:
                 text = error
         yield n, text, True
 
 
-def parquet_reads(path: str) -> Iterator[Callable]:
+def parquet_reads(path: str, column: str) -> Iterator[Callable]:
     """What reads a parquet file: row groups of a BLOCK or more together. A row group that is LARGE
     is read here, as no worker should hold it."""
     groups, size, number = [], 0, 1
-    for group, (n_rows, n_bytes) in enumerate(row_groups(path)):
+    for group, (n_rows, n_bytes) in enumerate(row_groups(path, column)):
         if n_bytes < LARGE:
             groups.append((group, number))
             size += n_bytes
         if groups and (n_bytes >= LARGE or size >= BLOCK):
-            yield functools.partial(parquet_rows, path, groups)
+            yield functools.partial(parquet_rows, path, column, groups)
             groups, size = [], 0
         if n_bytes >= LARGE:
-            yield from batches(parquet_rows(path, [(group, number)]))
+            yield from batches(parquet_rows(path, column, [(group, number)]))
         number += n_rows
     if groups:
-        yield functools.partial(parquet_rows, path, groups)
+        yield functools.partial(parquet_rows, path, column, groups)
 
 
-def row_groups(path: str) -> list[tuple[int, int]]:
+def row_groups(path: str, column: str) -> list[tuple[int, int]]:
     """Each row group's number of rows, and bytes of text."""
-    _, chunks = open_parquet(path)
+    _, chunks = open_parquet(path, column)
     return [(chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks]
 
 
 @functools.lru_cache(maxsize=2)  # a worker asks once a piece
-def open_parquet(path: str) -> tuple:
+def open_parquet(path: str, column: str) -> tuple:
     """The file, and for each row group what it knows of the column. SystemExit where there is no
-    column of text, or the file is damaged."""
+    such column of text, or the file is damaged."""
     import pyarrow.parquet  # only parquet needs it
 
     try:
@@ -234,24 +260,25 @@ def open_parquet(path: str) -> tuple:
         damage = f"{path} is damaged ({one_line(error)})"
         raise SystemExit(f"{damage}: copy it again, or remove it") from None
     types = {field.name: str(field.type) for field in parquet.schema_arrow}
-    if types.get("text") not in ("string", "large_string", "string_view"):
-        raise SystemExit(f'{path} has no text in a column "text": remove it, or rename the column')
-    index = [parquet.schema.column(i).path for i in range(len(parquet.schema))].index("text")
+    if types.get(column) not in ("string", "large_string", "string_view"):
+        has = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        raise SystemExit(f'{path} has no text in a column "{column}": --text_column of {has:.300}')
+    index = [parquet.schema.column(i).path for i in range(len(parquet.schema))].index(column)
     groups = map(parquet.metadata.row_group, range(parquet.num_row_groups))
     return parquet, [group.column(index) for group in groups]
 
 
-def parquet_rows(path: str, groups: list[tuple[int, int]]) -> Iterator[Row]:
+def parquet_rows(path: str, column: str, groups: list[tuple[int, int]]) -> Iterator[Row]:
     """The rows of row groups, each given as its number and that of its first row."""
     import pyarrow
 
-    parquet, chunks = open_parquet(path)
+    parquet, chunks = open_parquet(path, column)
     for group, number in groups:
         chunk = chunks[group]
         mean = 1 + chunk.total_uncompressed_size // max(1, chunk.num_values)  # bytes a row
         at_a_time = max(1, min(1024, BLOCK // mean))
         try:
-            for batch in parquet.iter_batches(at_a_time, [group], ["text"], use_threads=False):
+            for batch in parquet.iter_batches(at_a_time, [group], [column], use_threads=False):
                 for value in batch.column(0):
                     yield number, text_of(value), True
                     number += 1

@@ -191,7 +191,7 @@ def bench_fineweb(path: str = "") -> None:
 
         def shards(workers: int) -> None:
             with tempfile.TemporaryDirectory() as out:
-                fineweb.write_shards(sources.corpus_of(path), out, "gpt2", workers=workers)
+                fineweb.write_shards(sources.corpus_of([path]), out, "gpt2", workers=workers)
 
         def plain(rows) -> None:
             np.save(f"{folder}/plain.npy", np.concatenate(list(rows)))

@@ -70,7 +70,7 @@ def write(path, texts):
 def test_documents_survive(tmp_path, suffix):
     source = tmp_path / f"source{suffix}"
     write(source, DOCUMENTS if suffix == ".txt" else [None, *DOCUMENTS, ""])
-    shard(tmp_path / "out", sources.corpus_of(source))
+    shard(tmp_path / "out", sources.corpus_of([source]))
     expected = ["".join(DOCUMENTS)] if suffix == ".txt" else DOCUMENTS
     assert documents_in(tmp_path / "out") == expected
 
@@ -80,7 +80,7 @@ def test_folder(tmp_path):
     for name, texts in {"b/2.jsonl": ["2", "3"], "a.parquet": ["1"], "c.txt": ["4"]}.items():
         write(tmp_path / name, texts)
     (tmp_path / "d.md").write_text("not a document")
-    pieces = sources.corpus_of(tmp_path).pieces()
+    pieces = sources.corpus_of([tmp_path]).pieces()
     assert [text for piece in pieces for _, text, _ in piece.read() if text] == [*"1234"]
 
 
@@ -175,14 +175,14 @@ def test_bad_source(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     # Two workers: an error must not leave one of them waiting.
     assert message in error_of(
-        lambda: shard(tmp_path / "out", sources.corpus_of(tmp_path / name), workers=2, max_bad=0)
+        lambda: shard(tmp_path / "out", sources.corpus_of([tmp_path / name]), workers=2, max_bad=0)
     )
 
 
 def test_parquet_without_text(tmp_path):
-    assert "nothing to read" in error_of(sources.corpus_of, tmp_path)
+    assert "nothing to read" in error_of(sources.corpus_of, [tmp_path])
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
-    assert 'a column "text"' in error_of(sources.corpus_of, tmp_path)
+    assert 'a column "text"' in error_of(sources.corpus_of, [tmp_path])
 
 
 BAD_SETTINGS = [
@@ -712,7 +712,7 @@ def test_verify_of_files_that_are_no_files(tmp_path, capsys):
 def test_verify_needs_a_folder_with_a_manifest_and_nothing_else(tmp_path):
     shard(tmp_path / "data")
     folder = str(tmp_path / "data")
-    assert "--verify" in error_of(fineweb.main, source="text.txt", verify=folder)
+    assert "--verify" in error_of(fineweb.main, files=("text.txt",), verify=folder)
     assert "--verify" in error_of(fineweb.main, out="other", verify=folder)
     (tmp_path / "data" / "manifest.json").unlink()
     for name in ("data", "nowhere"):

@@ -333,7 +333,7 @@ FLAGS = {
     f"fineweb docs --out new --workers {10**30}": "workers",
     "fineweb docs --out new --encoding latin-1": "--encoding",
     "fineweb docs --out new --sharding 5": "--sharding",
-    "fineweb docs more --out new": "more",
+    "fineweb docs more --out new": "more does not exist",
     "fineweb docs": "--out",
     "fineweb docs --out data": "data already holds shards",
     "fineweb docs --out docs/a.txt": "cannot write to docs/a.txt",

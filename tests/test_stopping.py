@@ -256,7 +256,7 @@ def corpus(tmp_path, monkeypatch):
 
 
 def write(out, **settings):
-    return fineweb.write_shards(sources.corpus_of("src"), out, **(SMALL | settings))
+    return fineweb.write_shards(sources.corpus_of(["src"]), out, **(SMALL | settings))
 
 
 def test_killed_before_every_change_of_the_folder(corpus, tmp_path):
