@@ -1,6 +1,7 @@
 """Documents in, shards of tokens out.
 
     python fineweb.py                                # FineWeb-Edu sample-10BT -> edu_fineweb10B/
+    python fineweb.py --dataset tinystories          # or another: python fineweb.py --help
     python fineweb.py FILES --out my_data            # .parquet, .jsonl (.gz, .zst), .txt; folders
     python fineweb.py --verify my_data               # are the shards what was written?
 
@@ -44,7 +45,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import sources
-from sources import Corpus, Piece, chunks, one_line
+from sources import DATASETS, Corpus, Piece, chunks, one_line
 
 LONGEST_CHUNK = 2**18  # characters that tiktoken gets at a time: a gap of a million is too many
 BYTES_A_TOKEN = {"gpt2": 4, "bytes": 1}  # about, in English
@@ -627,9 +628,10 @@ def verify_folder(folder: str | Path) -> None:
 
 def main(
     files: tyro.conf.Positional[tuple[str, ...]] = (),
+    dataset: Literal[tuple(DATASETS)] | None = None,
     out: str = "",
     text_column: str = "text",
-    encoding: Literal["gpt2", "bytes"] = "gpt2",
+    encoding: Literal["gpt2", "bytes"] | None = None,
     shard_size: int = 100_000_000,
     val_tokens: int = 0,
     max_tokens: int = 0,
@@ -641,30 +643,38 @@ def main(
     on when the same command is given again.
 
     Args:
-        files: .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt files, folders and patterns of such;
-            without any, FineWeb-Edu
-        out: folder for the shards; without it, edu_fineweb10B for FineWeb-Edu
+        files: .parquet, .jsonl, .jsonl.gz, .jsonl.zst or .txt files, folders and patterns of such,
+            or hf://datasets/USER/NAME/PATTERN; instead of a dataset
+        dataset: a corpus by its name; without it and files, fineweb_edu_10BT
+        out: folder for the shards; a dataset has one of its own
         text_column: column of .parquet, key of .jsonl, that holds the text
         encoding: gpt2, or bytes, which needs no download
         shard_size: tokens a shard
-        val_tokens: tokens held out; 0: one shard of FineWeb-Edu, 100,000 of anything else
+        val_tokens: tokens held out; 0: one shard of FineWeb and FineWeb-Edu, fewer of anything else
         max_tokens: stop after so many; 0: all
         max_bad: rows to skip, at most, because they hold no text
         workers: processes that tokenize; 0: one a core
         verify: instead, a folder whose shards to read and compare with its manifest.json
     """
-    if verify and (files or out):
+    if verify and (files or dataset or out):
         raise SystemExit("--verify writes no shards: give it nothing but a folder")
     if verify:
         return verify_folder(verify)
+    if files and dataset:
+        raise SystemExit("files or --dataset: give one of them")
     if files and not out:
         raise SystemExit("name a folder for the shards: --out my_data")
-    out = out or "edu_fineweb10B"
-    val_tokens = val_tokens or (100_000 if files else shard_size)
-    corpus = sources.corpus_of(files, text_column) if files else sources.fineweb_edu()
-    numbers = (shard_size, val_tokens, max_tokens, workers)
-    name = None if files else "edufineweb"
-    manifest = write_shards(corpus, out, encoding, *numbers, name, max_bad)
+    if text_column != "text" and not files:
+        raise SystemExit("--text_column is of files: a dataset's is known")
+    known = sources.Dataset("", out, 100_000) if files else DATASETS[dataset or "fineweb_edu_10BT"]
+    out = out or known.out
+    if files:
+        corpus = sources.corpus_of(files, text_column)
+    else:
+        corpus = sources.corpus_named(dataset or "fineweb_edu_10BT")
+    numbers = (shard_size, val_tokens or known.val_tokens or shard_size, max_tokens, workers)
+    encoding = encoding or known.encoding
+    manifest = write_shards(corpus, out, encoding, *numbers, known.name, max_bad)
     report(Path(out), manifest)
 
 

@@ -1,4 +1,4 @@
-"""Where documents come from: files of several kinds.
+"""Where documents come from: files of several kinds, here or on the hub, and corpora by name.
 
 A corpus is read in pieces, each some neighbouring rows of one file, that can be counted through
 from the beginning: the same files always give the same pieces. What is large is streamed.
@@ -8,21 +8,64 @@ import contextlib
 import functools
 import glob
 import hashlib
+import http.client
 import io
+import itertools
 import json
 import os
+import platform
 import re
+import sys
 import sysconfig
+import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
+
+class Dataset(NamedTuple):
+    """A corpus by name, and what its folder of shards is like."""
+
+    files: str
+    out: str
+    val_tokens: int = 0  # held out; 0: one shard, as in the lecture
+    encoding: str = "gpt2"
+    name: str | None = None  # of the shards; None: the folder's
+
+
+HUB = "hf://datasets/"
+EDU = f"{HUB}HuggingFaceFW/fineweb-edu/sample"
+DATASETS = {
+    "fineweb_edu_10BT": Dataset(f"{EDU}/10BT/*.parquet", "edu_fineweb10B", name="edufineweb"),
+    "fineweb_edu_100BT": Dataset(f"{EDU}/100BT/*.parquet", "edu_fineweb100B", name="edufineweb"),
+    "fineweb_edu_350BT": Dataset(f"{EDU}/350BT/*.parquet", "edu_fineweb350B", name="edufineweb"),
+    "fineweb_10BT": Dataset(
+        f"{HUB}HuggingFaceFW/fineweb/sample/10BT/*.parquet", "fineweb10B", name="fineweb"
+    ),
+    "openwebtext": Dataset(
+        f"{HUB}Skylion007/openwebtext/plain_text/*.parquet", "openwebtext", 5_000_000
+    ),
+    "bookcorpus": Dataset(
+        f"{HUB}lucadiliello/bookcorpusopen/**/*.parquet", "bookcorpus", 5_000_000
+    ),
+    "tinystories": Dataset(
+        f"{HUB}roneneldan/TinyStories/data/train-*.parquet", "tinystories", 5_000_000
+    ),
+    "shakespeare": Dataset("input.txt", "shakespeare", 30_000),
+    "shakespeare_char": Dataset("input.txt", "shakespeare_char", 100_000, "bytes"),
+    "stdlib": Dataset("", "stdlib", 300_000, "bytes"),
+}  # fmt: skip
+SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 
 BLOCK = 2**22  # bytes of text, about, that a worker gets at a time: half a second's work
-LARGE = 2**25  # more is read by the main process
+LARGE = 2**25  # more is read by the main process; from the hub, where requests count, as much
 LONGEST = 2**27  # bytes of one text; a longer one is a bad row, except in a text file
+PAUSES = (2, 4, 8, 16, 32, 60, 60)  # seconds between tries, of which each lasts up to 23 itself
+OFFLINE = "give the same command again later; files of your own and --dataset stdlib work offline"
 
 
 # A row: its number in the file, its text, and whether a document begins with it. In place of the
@@ -47,9 +90,34 @@ class Corpus(NamedTuple):
     n_bytes: int = 0  # of text, about; 0: nobody knows
 
 
+def corpus_named(name: str) -> Corpus:
+    """The documents of one of DATASETS, as corpus_of."""
+    dataset = DATASETS[name]
+    if dataset.files == "input.txt":
+        fetch_shakespeare()
+    if dataset.files:
+        return corpus_of([dataset.files])
+    identity = f"the standard library of Python {platform.python_version()}"
+    return Corpus(functools.partial(document_pieces, standard_library()), identity)
+
+
+def fetch_shakespeare() -> None:
+    """Tiny Shakespeare to input.txt, as the lecture has it, where there is none yet."""
+    if os.path.exists("input.txt"):
+        return
+    try:
+        with urllib.request.urlopen(SHAKESPEARE, timeout=60) as response:
+            text = response.read()
+        Path("input.txt.tmp").write_bytes(text)
+        os.replace("input.txt.tmp", "input.txt")  # whole, or not there
+    except (OSError, http.client.HTTPException) as error:
+        advice = "put it there as input.txt by hand, or use --dataset stdlib, which works offline"
+        raise SystemExit(f"{SHAKESPEARE} cannot be read ({one_line(error)}): {advice}") from None
+
+
 def corpus_of(sources: Iterable[str | Path], column: str = "text") -> Corpus:
     """The documents of files, in the order given; those of a folder, all below it too, and of a
-    pattern sorted by path.
+    pattern sorted by path. hf://datasets/USER/NAME/PATTERN is on the hub.
 
     .parquet: the column; .jsonl (.gz, .zst): that key of each line; .txt: the file is one document.
     Null and empty texts are no documents.
@@ -58,7 +126,7 @@ def corpus_of(sources: Iterable[str | Path], column: str = "text") -> Corpus:
     """
     files = {}
     for source in map(str, sources):
-        files |= local_files(source)
+        files |= hub_files(source) if source.startswith(HUB) else local_files(source)
     if not files:
         names = ", ".join(map(str, sources))
         raise SystemExit(f"{names}: nothing to read, the file types are {', '.join(SUFFIXES)}")
@@ -84,21 +152,48 @@ def local_files(source: str) -> dict[str, int]:
     return {path: os.path.getsize(path) for path in found}
 
 
-def fineweb_edu() -> Corpus:
-    """The documents of FineWeb-Edu's sample-10BT, streamed: no copy of the text on the disk.
-    SystemExit where the hub does not deliver."""
+def hub_files(pattern: str) -> dict[str, int]:
+    """The same for a pattern of files on the hub. SystemExit where it has none."""
+    (found,) = patiently(lambda: [hub().glob(pattern, detail=True)], pattern, first=True)
+    files = {f"hf://{path}": info["size"] for path, info in found.items()}
+    files = {path: size for path, size in files.items() if path.endswith(".parquet")}
+    if not files:
+        raise SystemExit(f"{pattern}: the hub has no such .parquet files")
+    return dict(sorted(files.items()))
 
-    def texts() -> Iterator[str]:
-        from datasets import load_dataset
 
+@functools.cache
+def hub():
+    """The hub as a file system; forked processes share what it knows."""
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()  # it tells of each try of its own
+    return huggingface_hub.HfFileSystem()
+
+
+def patiently(read: Callable[[], Iterable], path: str, first: bool = False) -> Iterator:
+    """What read() yields from the hub. Where it fails it is called again, after growing pauses.
+    SystemExit where that does not help, and at once where nothing is there, or no network at a
+    `first` contact."""
+    from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
+
+    done, pauses = 0, iter(PAUSES)
+    while True:
         try:
-            data = load_dataset(FINEWEB_EDU, name="sample-10BT", split="train", streaming=True)
-            yield from (row["text"] for row in data)
-        except Exception as error:  # the hub and the sockets each have their own
-            advice = "check the network, or use python fineweb.py FILES, which works offline"
-            raise SystemExit(f"{FINEWEB_EDU}: {one_line(error)}: {advice}") from error
-
-    return Corpus(functools.partial(document_pieces, texts()), f"{FINEWEB_EDU}, sample-10BT")
+            for item in itertools.islice(read(), done, None):
+                yield item
+                done, pauses = done + 1, iter(PAUSES)
+            return
+        except Exception as error:  # the hub, the sockets and pyarrow each have their own
+            unreached = first and not hasattr(error, "response")
+            lost = FileNotFoundError, EntryNotFoundError, OfflineModeIsEnabled
+            gone = isinstance(error, lost)
+            pause = None if gone or unreached else next(pauses, None)
+            if pause is None:
+                raise SystemExit(f"{path}: {one_line(error)}: {OFFLINE}") from error
+            print(f"\n{path}: {one_line(error)}: next try in {pause} s", file=sys.stderr)
+            time.sleep(pause)
+            open_parquet.cache_clear()  # what it has read ahead may be torn
 
 
 def one_line(error: Exception) -> str:
@@ -107,12 +202,16 @@ def one_line(error: Exception) -> str:
 
 def text_bytes(files: dict[str, int], column: str) -> int:
     """About how many bytes of text are in files of these sizes."""
-    total = 0
+    total, ratio = 0, 0.0
     for path, size in files.items():
-        if path.endswith(".parquet"):
-            total += sum(n_bytes for _, n_bytes in row_groups(path, column))
-        else:
+        if not path.endswith(".parquet"):
             total += size * (4 if path.endswith((".gz", ".zst")) else 1)  # as text is compressed
+        elif path.startswith(HUB) and ratio:  # the first one speaks for the others
+            total += round(size * ratio)
+        else:
+            n_bytes = sum(n_bytes for _, n_bytes in row_groups(path, column))
+            ratio = n_bytes / size
+            total += n_bytes
     return total
 
 
@@ -231,7 +330,7 @@ def parquet_reads(path: str, column: str) -> Iterator[Callable]:
         if n_bytes < LARGE:
             groups.append((group, number))
             size += n_bytes
-        if groups and (n_bytes >= LARGE or size >= BLOCK):
+        if groups and (n_bytes >= LARGE or size >= (LARGE if path.startswith(HUB) else BLOCK)):
             yield functools.partial(parquet_rows, path, column, groups)
             groups, size = [], 0
         if n_bytes >= LARGE:
@@ -243,20 +342,27 @@ def parquet_reads(path: str, column: str) -> Iterator[Callable]:
 
 def row_groups(path: str, column: str) -> list[tuple[int, int]]:
     """Each row group's number of rows, and bytes of text."""
-    _, chunks = open_parquet(path, column)
+    if path.startswith(HUB):
+        ((_, chunks),) = patiently(lambda: [open_parquet(path, column)], path)
+    else:
+        _, chunks = open_parquet(path, column)
     return [(chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks]
 
 
 @functools.lru_cache(maxsize=2)  # a worker asks once a piece
 def open_parquet(path: str, column: str) -> tuple:
     """The file, and for each row group what it knows of the column. SystemExit where there is no
-    such column of text, or the file is damaged."""
+    such column of text, or a local file is damaged."""
     import pyarrow.parquet  # only parquet needs it
 
+    # from the hub little more is read than is asked for
+    file = hub().open(path, block_size=BLOCK) if path.startswith(HUB) else path
     try:
         # a buffer, without which all of a row group is read before its first row
-        parquet = pyarrow.parquet.ParquetFile(path, buffer_size=2**16, pre_buffer=False)
+        parquet = pyarrow.parquet.ParquetFile(file, buffer_size=2**16, pre_buffer=False)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
+        if path.startswith(HUB):
+            raise
         damage = f"{path} is damaged ({one_line(error)})"
         raise SystemExit(f"{damage}: copy it again, or remove it") from None
     types = {field.name: str(field.type) for field in parquet.schema_arrow}
@@ -268,11 +374,27 @@ def open_parquet(path: str, column: str) -> tuple:
     return parquet, [group.column(index) for group in groups]
 
 
-def parquet_rows(path: str, column: str, groups: list[tuple[int, int]]) -> Iterator[Row]:
+def parquet_rows(path: str, column: str, groups: list[tuple[int, int]]) -> Iterable[Row]:
     """The rows of row groups, each given as its number and that of its first row."""
-    import pyarrow
+    read = functools.partial(group_rows, path, column, groups)
+    return patiently(read, path) if path.startswith(HUB) else read()
+
+
+def group_rows(path: str, column: str, groups: list[tuple[int, int]]) -> Iterator[Row]:
+    """The same, which fails where the hub does."""
+    import pyarrow.parquet
 
     parquet, chunks = open_parquet(path, column)
+    if path.startswith(HUB) and len(groups) > 1:
+        # The hub counts requests: one for all of them, unless other columns are most of the bytes.
+        text = [chunks[group] for group, _ in groups]
+        starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in text]
+        span = starts[-1] + text[-1].total_compressed_size - starts[0]
+        small = span < 2 * sum(chunk.total_compressed_size for chunk in text)
+        file = hub().open(path, block_size=span if small else BLOCK)
+        parquet = pyarrow.parquet.ParquetFile(
+            file, metadata=parquet.metadata, buffer_size=2**16, pre_buffer=False
+        )
     for group, number in groups:
         chunk = chunks[group]
         mean = 1 + chunk.total_uncompressed_size // max(1, chunk.num_values)  # bytes a row
@@ -283,6 +405,8 @@ def parquet_rows(path: str, column: str, groups: list[tuple[int, int]]) -> Itera
                     yield number, text_of(value), True
                     number += 1
         except (OSError, ValueError, pyarrow.ArrowException) as error:
+            if path.startswith(HUB):
+                raise
             yield number, ValueError(f"{error} (and the rest of its row group)"), True
 
 

@@ -10,12 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 import fineweb
@@ -55,33 +52,6 @@ def python(folder, *args):
     """A Python process in `folder`, where nothing but PYTHONPATH tells of the project."""
     command, env = [sys.executable, "-B", *args], {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
-
-
-def write(path, texts):
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=2)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    else:
-        path.write_bytes("".join(texts).encode("utf-8"))
-
-
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
-def test_documents_survive(tmp_path, suffix):
-    source = tmp_path / f"source{suffix}"
-    write(source, DOCUMENTS if suffix == ".txt" else [None, *DOCUMENTS, ""])
-    shard(tmp_path / "out", sources.corpus_of([source]))
-    expected = ["".join(DOCUMENTS)] if suffix == ".txt" else DOCUMENTS
-    assert documents_in(tmp_path / "out") == expected
-
-
-def test_folder(tmp_path):
-    (tmp_path / "b").mkdir()
-    for name, texts in {"b/2.jsonl": ["2", "3"], "a.parquet": ["1"], "c.txt": ["4"]}.items():
-        write(tmp_path / name, texts)
-    (tmp_path / "d.md").write_text("not a document")
-    pieces = sources.corpus_of([tmp_path]).pieces()
-    assert [text for piece in pieces for _, text, _ in piece.read() if text] == [*"1234"]
 
 
 @pytest.mark.parametrize("shard_size", [1, 7, 64, 10**6])
@@ -151,40 +121,6 @@ def test_gpt2_encoding(tmp_path):
     assert np.count_nonzero(stream(tmp_path) == 50256) == len(DOCUMENTS)
 
 
-def test_standard_library():
-    texts = list(sources.standard_library())
-    assert all(texts) and sum(map(len, texts)) > 5e6
-    assert Path(json.__file__).read_text(encoding="utf-8") in texts
-    assert Path(pytest.__file__).read_text(encoding="utf-8") not in texts  # site-packages
-
-
-BAD_SOURCES = [
-    ("absent.txt", None, "does not exist"),
-    ("a.docx", b"", "nothing to read"),
-    ("a.txt", b"\xff\xfe", "a.txt, row 1:"),
-    ("a.parquet", b"PAR1", "a.parquet is damaged"),
-    ("a.jsonl", b'{"text": "fine"}\n\n{"text": "bro', "a.jsonl, row 3:"),
-    ("a.jsonl", b'{"text": "fine"}\n{"body": ""}\n', "a.jsonl, row 2:"),
-    ("a.jsonl", b'{"text": 5}\n', "int where text should be"),
-]
-
-
-@pytest.mark.parametrize(("name", "content", "message"), BAD_SOURCES)
-def test_bad_source(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    # Two workers: an error must not leave one of them waiting.
-    assert message in error_of(
-        lambda: shard(tmp_path / "out", sources.corpus_of([tmp_path / name]), workers=2, max_bad=0)
-    )
-
-
-def test_parquet_without_text(tmp_path):
-    assert "nothing to read" in error_of(sources.corpus_of, [tmp_path])
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), tmp_path / "a.parquet")
-    assert 'a column "text"' in error_of(sources.corpus_of, [tmp_path])
-
-
 BAD_SETTINGS = [
     {"shard_size": 0},
     {"workers": -1},
@@ -210,59 +146,84 @@ def test_out_is_checked_before_tokenizing(tmp_path):
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
 
 
-def test_fineweb_edu(tmp_path, monkeypatch):
-    """With a stand-in for `datasets`: what the hub is asked for, and what becomes of its rows."""
+def test_a_call_that_ends_early_leaves_no_process_waiting(tmp_path):
+    """Neither it, for a worker that ended in the middle of an answer, nor a worker for it."""
+    (tmp_path / "script.py").write_text(
+        "import fineweb, itertools, multiprocessing\n"
+        "for n in range(6):\n"
+        "    documents = itertools.repeat('some words ' * 10**4)\n"
+        "    fineweb.write_shards(documents, f'out{n}', 'bytes', 2**22, 1, 2**22, workers=3)\n"
+        "for worker in multiprocessing.active_children():\n"
+        "    worker.join()\n"
+    )
+    done = python(tmp_path, "script.py")
+    assert (done.returncode, done.stderr) == (0, "")
 
-    def load_dataset(path, name, split, streaming):
-        assert (path, name, split) == ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train")
-        assert streaming
-        return iter({"text": text} for text in [None, *DOCUMENTS, ""])
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+def lines(values):
+    return "".join(json.dumps({"text": value}) + "\n" for value in values)
+
+
+def test_a_dataset_has_a_folder_a_name_and_tokens_held_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fineweb.main(encoding="bytes", shard_size=500, workers=1)
-    out = tmp_path / "edu_fineweb10B"
+    Path("a.jsonl").write_text(lines([None, *DOCUMENTS, ""]))
+    name, text = "fineweb_edu_10BT", "First Citizen:\n" * 10_000
+    assert "HuggingFaceFW/fineweb-edu/sample/10BT/" in sources.DATASETS[name].files
+    here = sources.DATASETS[name]._replace(files="*.jsonl")
+    monkeypatch.setitem(sources.DATASETS, name, here)
+    fineweb.main(encoding="bytes", shard_size=500, workers=1)  # the one without a name
+    out = Path("edu_fineweb10B")
     assert documents_in(out) == DOCUMENTS
     assert len(np.load(out / "edufineweb_val_000000.npy")) == 500  # one shard is held out
     assert (out / "edufineweb_train_000001.npy").exists()
+
+    Path("input.txt").write_text(text)
+    fineweb.main(dataset="shakespeare_char", workers=1)
+    assert documents_in(Path("shakespeare_char")) == [text]
+    assert len(np.load("shakespeare_char/shakespeare_char_val_000000.npy")) == 100_000
 
 
 def test_no_network(monkeypatch):
     def fails(*args, **settings):
         raise ConnectionError("no network\nat all")
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=fails))
-    message = error_of(list, sources.fineweb_edu().pieces())
-    assert "HuggingFaceFW/fineweb-edu" in message and "works offline" in message
     monkeypatch.setattr(fineweb.tiktoken, "get_encoding", fails)
     fresh = fineweb.get_encoding.__wrapped__  # without what it remembers
     assert "TIKTOKEN_CACHE_DIR" in error_of(fresh, "gpt2")
 
 
 def test_import_has_no_effect(tmp_path):
-    code = "import sys, fineweb; sys.exit('datasets' in sys.modules)"
+    code = "import sys, fineweb; sys.exit(bool({'pyarrow', 'huggingface_hub'} & {*sys.modules}))"
     done = python(tmp_path, "-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("max_bad", [0, 1])
-def test_command_line(tmp_path, max_bad):
-    """What is broken is skipped and named, or is the end."""
-    write(tmp_path / "a.jsonl", DOCUMENTS * 200 + [5])
-    flags = "--out my_data --encoding bytes --shard_size 90_000 --val_tokens 4 --workers 2"
-    flags = *flags.split(), "--max_bad", str(max_bad)
-    done = python(tmp_path, ROOT / "fineweb.py", "a.jsonl", *flags)
-    assert done.returncode == (max_bad == 0) and "Traceback" not in done.stderr
-    bad = "a.jsonl, row 1201: TypeError: int where text should be"
-    if max_bad == 0:
-        assert done.stderr.splitlines()[-1].startswith(f"{bad}: more than 0 bad rows")
-    else:
-        assert f"skipped {bad}" in done.stderr.splitlines()
-        assert "1 rows were skipped" in done.stdout
-        assert "--data_dir my_data" in done.stdout
-        assert documents_in(tmp_path / "my_data") == DOCUMENTS * 200
-        assert fineweb.read_manifest(tmp_path / "my_data")["skipped"] == [bad]
+def test_command_line(tmp_path):
+    """Several files, and what is broken in one: skipped and named, or the end."""
+    (tmp_path / "b.jsonl").write_text(lines(DOCUMENTS * 200 + [5]))
+    (tmp_path / "a.txt").write_text("a text")
+    flags = "--out my_data --encoding bytes --shard_size 90_000 --workers 2 --val_tokens"
+    command = ROOT / "fineweb.py", "b.jsonl", "a.txt", *flags.split(), "4"
+    done = python(tmp_path, *command, "--max_bad", "0")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    bad = "b.jsonl, row 1201: TypeError: int where text should be"
+    last = done.stderr.splitlines()[-1]
+    assert last == f"{bad}: more than 0 bad rows: mend or remove it, or raise --max_bad"
+
+    done = python(tmp_path, *command)  # it goes on
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert f"skipped {bad}" in done.stderr.splitlines()
+    assert "1 rows were skipped" in done.stdout
+    assert "train_gpt2.py shakespeare_char --data_dir my_data" in done.stdout
+    assert documents_in(tmp_path / "my_data") == [*DOCUMENTS * 200, "a text"]
+    manifest = json.loads((tmp_path / "my_data" / "manifest.json").read_text())
+    assert manifest["skipped"] == [bad]
+
+    again = python(tmp_path, *command)  # all is there
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    other = python(tmp_path, *command[:-1], "5")
+    assert "my_data already holds shards, made with another val_tokens" in other.stderr
 
 
 # ---- what manifest.json may say ------------------------------------------------------------------
@@ -712,8 +673,9 @@ def test_verify_of_files_that_are_no_files(tmp_path, capsys):
 def test_verify_needs_a_folder_with_a_manifest_and_nothing_else(tmp_path):
     shard(tmp_path / "data")
     folder = str(tmp_path / "data")
-    assert "--verify" in error_of(fineweb.main, files=("text.txt",), verify=folder)
-    assert "--verify" in error_of(fineweb.main, out="other", verify=folder)
+    others = [{"files": ("text.txt",)}, {"out": "other"}, {"dataset": "stdlib"}]
+    for other in others:
+        assert "--verify" in error_of(fineweb.main, verify=folder, **other)
     (tmp_path / "data" / "manifest.json").unlink()
     for name in ("data", "nowhere"):
         message = error_of(fineweb.main, verify=str(tmp_path / name))

@@ -415,6 +415,16 @@ def test_identity(tmp_path):
     assert manifest["made_by"]["source"] == ""  # a list cannot be known again
 
 
+def test_standard_library():
+    texts = list(sources.standard_library())
+    assert all(texts) and sum(map(len, texts)) > 5e6
+    assert Path(json.__file__).read_text(encoding="utf-8") in texts
+    assert Path(pytest.__file__).read_text(encoding="utf-8") not in texts  # site-packages
+    pieces = sources.corpus_named("stdlib").pieces()
+    rows = [row for piece in pieces for row in piece.read()]
+    assert [text for _, text, begins in rows if begins] == texts
+
+
 # ---- pieces --------------------------------------------------------------------------------------
 
 
