@@ -3,6 +3,7 @@
     python fineweb.py                                # FineWeb-Edu sample-10BT -> edu_fineweb10B/
     python fineweb.py --dataset tinystories          # or another: python fineweb.py --help
     python fineweb.py FILES --out my_data            # .parquet, .jsonl (.gz, .zst), .txt; folders
+    python fineweb.py --part 3/8                     # the third of eight machines
     python fineweb.py --verify my_data               # are the shards what was written?
 
 A shard is a .npy file of uint16 tokens, one dimension. Every document begins with the end-of-text
@@ -45,7 +46,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import sources
-from sources import DATASETS, Corpus, Piece, chunks, one_line
+from sources import DATASETS, Corpus, Piece, chunks, one_line, part_of
 
 LONGEST_CHUNK = 2**18  # characters that tiktoken gets at a time: a gap of a million is too many
 BYTES_A_TOKEN = {"gpt2": 4, "bytes": 1}  # about, in English
@@ -235,7 +236,8 @@ def write_shards(
     settings = {"source": corpus.identity, "encoding": encoding, "shard_size": shard_size}
     settings |= {"val_tokens": val_tokens, "max_tokens": max_tokens}
     stream = functools.partial(token_stream, corpus, encoding, workers or n_cores())
-    return write_stream(stream, Path(out), name, settings, max_bad, corpus.n_bytes)
+    rest = stream, Path(out), name, settings, max_bad, corpus.n_bytes
+    return write_part(corpus.part, *rest) if corpus.part else write_stream(*rest)
 
 
 def n_cores() -> int:
@@ -250,9 +252,11 @@ def write_stream(
     name: str | None,
     settings: dict,
     max_bad: int,
-    n_bytes: int,
+    n_bytes: int = 0,
+    release: Callable[[int, int], None] = lambda file, number: None,
 ) -> dict:
-    """write_shards for a stream of tokens: stream(file, number) yields the pieces from one on."""
+    """write_shards for tokens from anywhere: stream(file, number) yields the pieces from one on.
+    release(file, number) is called when all pieces before that one are in finished shards."""
     name = name or out.resolve().name
     if not split_of(f"{name}_val_000000.npy"):
         raise SystemExit(f"{name!r} cannot begin a shard's name: choose another --out")
@@ -286,13 +290,15 @@ def write_stream(
                 state["documents"] += int(np.count_nonzero(shard == state["eot_token"]))
                 state["position"] = position
                 write_file(out / "progress.json", json.dumps(state).encode())
+                release(*position[:2])
             bar.total = bar.n  # it was an estimate
         del state["position"]
-        if settings["val_tokens"] >= state["tokens"]:
+        if settings["val_tokens"] >= state["tokens"] and "part" not in settings:
             for entry in state["shards"]:  # so that another try finds the folder empty
                 (out / entry["file"]).unlink()
             (out / "progress.json").unlink(missing_ok=True)
             raise SystemExit(none_to_train(settings["val_tokens"], "add documents"))
+        state["made_by"].pop("joins", None)  # the same as one machine's
         # Last: a folder without it is not finished.
         write_file(out / "manifest.json", json.dumps(state, indent=2).encode())
         (out / "progress.json").unlink(missing_ok=True)
@@ -446,6 +452,73 @@ def cut(
             break
     if filled:  # the last shard is as long as it happens to be
         yield "val" if total <= val_tokens else "train", shard[:filled], position
+
+
+# ---- one corpus, several machines ----------------------------------------------------------------
+
+
+def write_part(
+    part: str,
+    stream: Callable[..., Iterator[tuple[Piece, Tokens]]],
+    out: Path,
+    name: str | None,
+    settings: dict,
+    max_bad: int,
+    n_bytes: int,
+) -> dict:
+    """write_stream for a part, into a folder of its own. The last of the parts to be finished puts
+    them together, and returns the manifest of the whole; the others, their own."""
+    i, n = part_of(part)
+    if settings["max_tokens"]:
+        raise SystemExit("--part shares out all of the source: leave out --max_tokens")
+    folders = [out / f"part-{k}-of-{n}" for k in range(1, n + 1)]
+    finished = read_manifest(out).get("made_by") == settings  # in an earlier call
+    joining = settings | {"joins": n}
+    if not finished and read_manifest(out, "progress.json").get("made_by") != joining:
+        own = settings | {"val_tokens": 0, "part": part}
+        manifest = write_stream(stream, folders[i - 1], name, own, max_bad, n_bytes)
+        if not all((folder / "manifest.json").exists() for folder in folders):
+            return manifest
+    if not finished:
+        join_parts(folders, out, name, joining)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # gone, if the earlier call was not killed
+    return write_stream(stream, out, name, settings, max_bad)  # finished: what its manifest says
+
+
+def join_parts(folders: list[Path], out: Path, name: str | None, joining: dict) -> None:
+    """Write the parts' shards as those that one machine would have made; each goes when the tokens
+    in it are written. SystemExit where they are not parts of the same."""
+    parts = [read_manifest(folder) for folder in folders]
+    settings = {key: value for key, value in joining.items() if key != "joins"}
+    for k, (folder, part) in enumerate(zip(folders, parts, strict=True), 1):
+        if part.get("made_by") != settings | {"val_tokens": 0, "part": f"{k}/{len(parts)}"}:
+            raise SystemExit(f"{folder} is no part of the same: delete it, and do it again")
+    if settings["val_tokens"] >= sum(part["tokens"] for part in parts):
+        raise SystemExit(none_to_train(settings["val_tokens"], "add documents"))
+    unused = collections.deque(
+        ((f, k), folders[f] / entry["file"])
+        for f, part in enumerate(parts)
+        for k, entry in enumerate(part["shards"], 1)
+    )
+
+    def stream(file: int, number: int) -> Iterator[tuple[Piece, Tokens]]:
+        for f, part in enumerate(parts):
+            for k, entry in enumerate([None, *part["shards"]]):
+                if (f, k) < (file, number):
+                    continue
+                if entry:
+                    made = Tokens(open_shard(folders[f] / entry["file"], entry), 0, [])
+                else:  # first what was read for all of them
+                    nothing = np.empty(0, dtype=np.uint16)
+                    made = Tokens(nothing, part["text_bytes"], part["skipped"])
+                yield Piece(f, k, str(folders[f]), tuple), made
+
+    def release(file: int, number: int) -> None:
+        while unused and unused[0][0] < (file, number):
+            unused.popleft()[1].unlink(missing_ok=True)
+
+    write_stream(stream, out, name, joining, sys.maxsize, release=release)
 
 
 # ---- shards: opened, and compared with what was written ------------------------------------------
@@ -637,6 +710,7 @@ def main(
     max_tokens: int = 0,
     max_bad: int = 100,
     workers: int = 0,
+    part: str = "",
     verify: str = "",
 ) -> None:
     """Write a corpus as shards of tokens, or verify a folder of them. A call that was stopped goes
@@ -654,9 +728,10 @@ def main(
         max_tokens: stop after so many; 0: all
         max_bad: rows to skip, at most, because they hold no text
         workers: processes that tokenize; 0: one a core
+        part: do only the third of eight parts, on one of eight machines: 3/8
         verify: instead, a folder whose shards to read and compare with its manifest.json
     """
-    if verify and (files or dataset or out):
+    if verify and (files or dataset or out or part):
         raise SystemExit("--verify writes no shards: give it nothing but a folder")
     if verify:
         return verify_folder(verify)
@@ -669,9 +744,9 @@ def main(
     known = sources.Dataset("", out, 100_000) if files else DATASETS[dataset or "fineweb_edu_10BT"]
     out = out or known.out
     if files:
-        corpus = sources.corpus_of(files, text_column)
+        corpus = sources.corpus_of(files, text_column, part)
     else:
-        corpus = sources.corpus_named(dataset or "fineweb_edu_10BT")
+        corpus = sources.corpus_named(dataset or "fineweb_edu_10BT", part)
     numbers = (shard_size, val_tokens or known.val_tokens or shard_size, max_tokens, workers)
     encoding = encoding or known.encoding
     manifest = write_shards(corpus, out, encoding, *numbers, known.name, max_bad)
@@ -681,6 +756,9 @@ def main(
 def report(out: Path, manifest: dict) -> None:
     """Print what there is now, and what to do with it."""
     tokens, documents, text = (manifest[key] for key in TOTALS)
+    if "part" in manifest["made_by"]:
+        print(f"{tokens:,} tokens are done; the part that is finished last puts all together")
+        return
     sizes = {"val": 0, "train": 0}
     for entry in manifest["shards"]:
         sizes[split_of(entry["file"])] += entry["tokens"]

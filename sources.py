@@ -88,15 +88,18 @@ class Corpus(NamedTuple):
     pieces: Callable[..., Iterable[Piece]]  # of (file, number); by default from the beginning
     identity: str = ""  # the same for the same documents; "": they cannot be known again
     n_bytes: int = 0  # of text, about; 0: nobody knows
+    part: str = ""  # "3/8": the third of eight parts; the identity is that of the whole
 
 
-def corpus_named(name: str) -> Corpus:
+def corpus_named(name: str, part: str = "") -> Corpus:
     """The documents of one of DATASETS, as corpus_of."""
     dataset = DATASETS[name]
     if dataset.files == "input.txt":
         fetch_shakespeare()
     if dataset.files:
-        return corpus_of([dataset.files])
+        return corpus_of([dataset.files], part=part)
+    if part:
+        raise SystemExit("--part: the standard library is not shared out, it takes seconds")
     identity = f"the standard library of Python {platform.python_version()}"
     return Corpus(functools.partial(document_pieces, standard_library()), identity)
 
@@ -115,14 +118,14 @@ def fetch_shakespeare() -> None:
         raise SystemExit(f"{SHAKESPEARE} cannot be read ({one_line(error)}): {advice}") from None
 
 
-def corpus_of(sources: Iterable[str | Path], column: str = "text") -> Corpus:
+def corpus_of(sources: Iterable[str | Path], column: str = "text", part: str = "") -> Corpus:
     """The documents of files, in the order given; those of a folder, all below it too, and of a
     pattern sorted by path. hf://datasets/USER/NAME/PATTERN is on the hub.
 
     .parquet: the column; .jsonl (.gz, .zst): that key of each line; .txt: the file is one document.
     Null and empty texts are no documents.
-    SystemExit at once where there is nothing to read, and where a parquet file is damaged or has
-    no such column of text.
+    The part "3/8" is the third of eight parts of the files. SystemExit at once where there is
+    nothing to read, and where a parquet file is damaged or has no such column of text.
     """
     files = {}
     for source in map(str, sources):
@@ -132,8 +135,21 @@ def corpus_of(sources: Iterable[str | Path], column: str = "text") -> Corpus:
         raise SystemExit(f"{names}: nothing to read, the file types are {', '.join(SUFFIXES)}")
     facts = [column, *((Path(path).name, size) for path, size in files.items())]
     identity = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    pieces = functools.partial(file_pieces, [*files], column)
-    return Corpus(pieces, identity, text_bytes(files, column))
+    i, n = part_of(part)
+    if n > len(files):
+        raise SystemExit(f"--part {part}: for {len(files)} files there are at most as many parts")
+    paths = [*files][len(files) * (i - 1) // n : len(files) * i // n]
+    n_bytes = text_bytes({path: files[path] for path in paths}, column)
+    return Corpus(functools.partial(file_pieces, paths, column), identity, n_bytes, part)
+
+
+def part_of(part: str) -> tuple[int, int]:
+    """(3, 8) for "3/8", (1, 1) for "". SystemExit where it is no part."""
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part or "1/1", re.ASCII)
+    i, n = map(int, match.groups()) if match else (1, 0)
+    if i > n:
+        raise SystemExit(f"--part {part}: 1/8 is the first of eight parts, 8/8 the last")
+    return i, n
 
 
 def local_files(source: str) -> dict[str, int]:

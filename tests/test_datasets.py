@@ -182,6 +182,17 @@ def test_files_on_the_hub_as_a_source(folder, work):
     assert bytes(tokens_in("mixed")[-4:].tolist()) == b"Mine"
 
 
+def test_parts_of_the_hubs_files(folder, work):
+    with Hub(folder) as hub:
+        for part in ("3/3", "1/3", "2/3"):
+            hub.requests.clear()
+            ended(start(hub, "--dataset", "tinystories", part=part))
+            read = {path for _, path, _ in readings(hub.requests)}
+            # its own, and the first one's end, which says how much text there is
+            assert read <= {f"/cdn/{files_of(STORIES)[int(part[0]) - 1]}"}
+    assert contents("tinystories") == local(folder, STORIES, "tinystories")
+
+
 # ---- how much is asked ---------------------------------------------------------------------------
 
 
@@ -469,3 +480,4 @@ def test_the_standard_library(work, capsys):
     before = contents("stdlib")
     fineweb.main(dataset="stdlib")  # finished
     assert contents("stdlib") == before
+    assert "--part" in error_of(fineweb.main, dataset="stdlib", part="1/2", out="parts")

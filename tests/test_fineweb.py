@@ -674,7 +674,7 @@ def test_verify_needs_a_folder_with_a_manifest_and_nothing_else(tmp_path):
     shard(tmp_path / "data")
     folder = str(tmp_path / "data")
     others = [{"files": ("text.txt",)}, {"out": "other"}, {"dataset": "stdlib"}]
-    for other in others:
+    for other in (*others, {"part": "1/2"}):
         assert "--verify" in error_of(fineweb.main, verify=folder, **other)
     (tmp_path / "data" / "manifest.json").unlink()
     for name in ("data", "nowhere"):

@@ -411,8 +411,29 @@ def test_identity(tmp_path):
     others |= {identity("x", "a.jsonl", "c.jsonl"), identity("z", "a.jsonl", "b.jsonl", a="aa")}
     others |= {identity("x", "a.jsonl", "b.jsonl", column="body")}
     assert len(others | {first}) == 6
+    files = [tmp_path / "x" / name for name in ("a.jsonl", "b.jsonl")]
+    assert sources.corpus_of(files, part="2/2").identity == first  # that of the whole
     manifest = fineweb.write_shards(["a"], tmp_path / "out", "bytes", val_tokens=1, workers=1)
     assert manifest["made_by"]["source"] == ""  # a list cannot be known again
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_parts_are_the_whole(tmp_path, n):
+    for name in "abcdefg":
+        write(tmp_path / f"{name}.txt", [name])
+    parts = [sources.corpus_of([tmp_path], part=f"{i}/{n}") for i in range(1, n + 1)]
+    paths = [[Path(piece.path).stem for piece in part.pieces()] for part in parts]
+    assert "".join(sum(paths, [])) == "abcdefg"
+    assert {len(part) for part in paths} <= {7 // n, -(-7 // n)}
+
+
+@pytest.mark.parametrize(
+    "part", ["0/3", "4/3", "x", "2/1000", "3", "/", "1/", "-1/3", "1/0", "1 / 3", "٣/٣"]
+)
+def test_a_part_that_is_none(tmp_path, part):
+    for name in "abc":
+        write(tmp_path / f"{name}.txt", [name])
+    assert "--part" in error_of(sources.corpus_of, [tmp_path], part=part)
 
 
 def test_standard_library():

@@ -256,7 +256,10 @@ def corpus(tmp_path, monkeypatch):
 
 
 def write(out, **settings):
-    return fineweb.write_shards(sources.corpus_of(["src"]), out, **(SMALL | settings))
+    part = settings.pop("part", "")
+    return fineweb.write_shards(
+        sources.corpus_of(["src"], part=part), out, **(SMALL | settings)
+    )  # fmt: skip
 
 
 def test_killed_before_every_change_of_the_folder(corpus, tmp_path):
@@ -502,3 +505,131 @@ def test_sizes_of_shards(corpus, tmp_path):
         assert sum(sizes["val"]) == val_tokens
         for split in sizes.values():  # a split's last shard alone may be short
             assert {*split[:-1]} <= {shard_size} and 0 < split[-1] <= shard_size
+
+
+# ---- one corpus, several machines ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("n", [2, 3])
+def test_parts_in_any_order_are_one_machines(corpus, n, workers):
+    write("whole/data")
+    for order in itertools.permutations(range(1, n + 1)):
+        shutil.rmtree("data", ignore_errors=True)
+        for i in order:
+            assert not Path("data/manifest.json").exists()
+            write("data", part=f"{i}/{n}", workers=workers)
+        assert contents("data") == contents("whole/data")
+        assert {path.name for path in Path("data").iterdir()} == {*contents("data")}  # no folder
+
+
+def test_parts_killed_before_every_change_of_the_folder(corpus):
+    write("whole/data", shard_size=2000)
+    calls = [lambda i=i: write("data", part=f"{i}/2", shard_size=2000) for i in (2, 1)]
+    assert_survives_every_kill(calls, "data", contents("whole/data"))
+
+
+def killed_while_joining(number):
+    """Two parts, of which the last one died when it had joined as many shards as that."""
+
+    def moment(_):
+        return Path("data/progress.json").exists() and len(whole_shards(Path("data"))) == number
+
+    write("data", part="2/2")
+    assert killed(lambda: write("data", part="1/2"), moment)
+
+
+def test_a_join_that_was_killed_is_gone_on_with_by_any_part(corpus):
+    write("whole/data")
+    for number in (0, 1, 5, 11):
+        shutil.rmtree("data", ignore_errors=True)
+        killed_while_joining(number)
+        write("data", part="2/2")
+        assert contents("data") == contents("whole/data")
+
+
+def test_a_join_that_was_killed_is_no_beginning_of_one_machines_call(corpus):
+    """Its position is one in the parts and not in the source."""
+    write("whole/data")
+    killed_while_joining(5)
+    assert "already holds shards" in error_of(write, "data")
+    write("data", part="1/2")
+    assert contents("data") == contents("whole/data")
+
+
+def test_parts_through_processes_that_are_killed(workshop, whole):
+    folder, parts = workshop / "parts", workshop / "parts" / "data"
+    run = start(folder, part="2/2")
+    wait_for(run, shards(60), parts / "part-2-of-2")
+    run.kill()
+    run.communicate()
+    assert "the part that is finished last" in finish(folder, part="2/2")
+    run = start(folder, part="1/2")
+    wait_for(run, shards(60), parts)  # of the joining
+    run.kill()
+    run.communicate()
+    before = whole_shards(parts)
+    said = finish(folder, part="1/2")
+    assert "train on them" in said and contents(parts) == whole
+    assert {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in before} == before
+    mtimes = {file: file.stat().st_mtime_ns for file in parts.iterdir()}
+    assert finish(folder, part="2/2") == said  # all is finished
+    assert {file: file.stat().st_mtime_ns for file in parts.iterdir()} == mtimes
+
+
+def test_a_part_done_twice(corpus):
+    write("whole/data")
+    first = write("data", part="1/2")
+    before = {file: file.stat().st_mtime_ns for file in Path("data/part-1-of-2").iterdir()}
+    assert write("data", part="1/2") == first
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    write("data", part="2/2")
+    assert contents("data") == contents("whole/data")
+    assert write("data", part="1/2") == write("data", part="2/2")
+    assert contents("data") == contents("whole/data")
+
+
+def test_parts_from_machines_that_share_no_disk(corpus):
+    write("whole/data")
+    for i in (1, 2, 3):
+        write(f"machine-{i}/data", part=f"{i}/3")
+        shutil.copytree(f"machine-{i}/data", "data", dirs_exist_ok=True)
+    assert {path.name for path in Path("data").iterdir()} == {f"part-{i}-of-3" for i in (1, 2, 3)}
+    write("data", part="2/3")
+    assert contents("data") == contents("whole/data")
+
+
+@pytest.mark.parametrize("change", [{"shard_size": 800}, {"val_tokens": 900}, {"source": "other"}])
+def test_a_part_of_something_else_is_named(corpus, change):
+    write("data", part="1/2")
+    settings = {key: value for key, value in change.items() if key != "source"}
+    if "source" in change:
+        with open("src/00.jsonl", "a") as file:
+            file.write("\n")
+    if "val_tokens" in change:  # it is the whole's, which no part has
+        write("whole/data", **settings)
+        write("data", part="2/2", **settings)
+        assert contents("data") == contents("whole/data")
+        return
+    error = error_of(write, "data", part="2/2", **settings)
+    assert "part-1-of-2" in error and {"manifest.json"} & {*contents("data/part-1-of-2")}
+    shutil.rmtree("data/part-1-of-2")
+    write("data", part="1/2", **settings)
+    write("whole/data", **settings)
+    assert contents("data") == contents("whole/data")
+
+
+def test_parts_that_leave_none_to_train_on_are_not_lost(corpus):
+    """More --val_tokens than there are: found out before a part's shards are used up."""
+    write("data", part="1/2", val_tokens=10**6)
+    parts = contents("data/part-1-of-2")
+    assert "lower --val_tokens" in error_of(write, "data", part="2/2", val_tokens=10**6)
+    assert contents("data/part-1-of-2") == parts
+
+
+def test_a_part_without_documents(corpus):
+    """As the last file has none, so its part."""
+    write("whole/data")
+    for i in range(1, 6):
+        write("data", part=f"{i}/5")
+    assert contents("data") == contents("whole/data")
