@@ -4,6 +4,7 @@
     python fineweb.py --dataset tinystories          # or another: python fineweb.py --help
     python fineweb.py FILES --out my_data            # .parquet, .jsonl (.gz, .zst), .txt; folders
     python fineweb.py --part 3/8                     # the third of eight machines
+    python fineweb.py --download                     # FineWeb-Edu's tokens, as others made them
     python fineweb.py --verify my_data               # are the shards what was written?
 
 A shard is a .npy file of uint16 tokens, one dimension. Every document begins with the end-of-text
@@ -107,7 +108,12 @@ def tokenize(piece: Piece, encoding: str) -> Tokens:
     eot = np.array([enc.eot_token], dtype=np.uint16)
     parts, n_bytes, bad = [eot[:0]], 0, []
     for number, text, begins in piece.read():
-        if isinstance(text, str) and text:
+        if isinstance(text, np.ndarray):  # it came as tokens
+            if text.max(initial=0) >= enc.n_vocab:
+                what = f"{piece.path} has a token {text.max()}, beyond the vocabulary of"
+                raise SystemExit(f"{what} {enc.n_vocab}: give its --encoding")
+            parts.append(text)
+        elif isinstance(text, str) and text:
             parts += [eot] if begins else []
             parts += [encode(enc, chunk) for chunk in chunks(text, LONGEST_CHUNK)]
             n_bytes += len(text if text.isascii() else text.encode("utf-8", "surrogatepass"))
@@ -711,6 +717,7 @@ def main(
     max_bad: int = 100,
     workers: int = 0,
     part: str = "",
+    download: bool = False,
     verify: str = "",
 ) -> None:
     """Write a corpus as shards of tokens, or verify a folder of them. A call that was stopped goes
@@ -729,14 +736,15 @@ def main(
         max_bad: rows to skip, at most, because they hold no text
         workers: processes that tokenize; 0: one a core
         part: do only the third of eight parts, on one of eight machines: 3/8
+        download: fetch the tokens of fineweb_edu_10BT or fineweb_10BT instead of making them
         verify: instead, a folder whose shards to read and compare with its manifest.json
     """
-    if verify and (files or dataset or out or part):
+    if verify and (files or dataset or out or part or download):
         raise SystemExit("--verify writes no shards: give it nothing but a folder")
     if verify:
         return verify_folder(verify)
-    if files and dataset:
-        raise SystemExit("files or --dataset: give one of them")
+    if files and (dataset or download):
+        raise SystemExit("files, or --dataset, or --download: give one of them")
     if files and not out:
         raise SystemExit("name a folder for the shards: --out my_data")
     if text_column != "text" and not files:
@@ -746,7 +754,7 @@ def main(
     if files:
         corpus = sources.corpus_of(files, text_column, part)
     else:
-        corpus = sources.corpus_named(dataset or "fineweb_edu_10BT", part)
+        corpus = sources.corpus_named(dataset or "fineweb_edu_10BT", part, download)
     numbers = (shard_size, val_tokens or known.val_tokens or shard_size, max_tokens, workers)
     encoding = encoding or known.encoding
     manifest = write_shards(corpus, out, encoding, *numbers, known.name, max_bad)

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Dataset(NamedTuple):
     """A corpus by name, and what its folder of shards is like."""
@@ -32,16 +34,21 @@ class Dataset(NamedTuple):
     val_tokens: int = 0  # held out; 0: one shard, as in the lecture
     encoding: str = "gpt2"
     name: str | None = None  # of the shards; None: the folder's
+    tokens: str = ""  # where others have put it as GPT-2's tokens, in llm.c's format
 
 
 HUB = "hf://datasets/"
 EDU = f"{HUB}HuggingFaceFW/fineweb-edu/sample"
 DATASETS = {
-    "fineweb_edu_10BT": Dataset(f"{EDU}/10BT/*.parquet", "edu_fineweb10B", name="edufineweb"),
+    "fineweb_edu_10BT": Dataset(
+        files=f"{EDU}/10BT/*.parquet", out="edu_fineweb10B", name="edufineweb",
+        tokens=f"{HUB}kjj0/finewebedu10B-gpt2/*.bin",
+    ),
     "fineweb_edu_100BT": Dataset(f"{EDU}/100BT/*.parquet", "edu_fineweb100B", name="edufineweb"),
     "fineweb_edu_350BT": Dataset(f"{EDU}/350BT/*.parquet", "edu_fineweb350B", name="edufineweb"),
     "fineweb_10BT": Dataset(
-        f"{HUB}HuggingFaceFW/fineweb/sample/10BT/*.parquet", "fineweb10B", name="fineweb"
+        files=f"{HUB}HuggingFaceFW/fineweb/sample/10BT/*.parquet", out="fineweb10B", name="fineweb",
+        tokens=f"{HUB}kjj0/fineweb10B-gpt2/*.bin",
     ),
     "openwebtext": Dataset(
         f"{HUB}Skylion007/openwebtext/plain_text/*.parquet", "openwebtext", 5_000_000
@@ -69,7 +76,7 @@ OFFLINE = "give the same command again later; files of your own and --dataset st
 
 
 # A row: its number in the file, its text, and whether a document begins with it. In place of the
-# text there may be None, a value of another type, or the exception that says why.
+# text there may be tokens, None, a value of another type, or the exception that says why.
 Row = tuple[int, object, bool]
 
 
@@ -91,13 +98,16 @@ class Corpus(NamedTuple):
     part: str = ""  # "3/8": the third of eight parts; the identity is that of the whole
 
 
-def corpus_named(name: str, part: str = "") -> Corpus:
-    """The documents of one of DATASETS, as corpus_of."""
+def corpus_named(name: str, part: str = "", download: bool = False) -> Corpus:
+    """The documents of one of DATASETS, as corpus_of; to download, the tokens instead."""
     dataset = DATASETS[name]
+    if download and not dataset.tokens:
+        there = ", ".join(name for name in DATASETS if DATASETS[name].tokens)
+        raise SystemExit(f"--download: nobody has made tokens of {name}, only of {there}")
     if dataset.files == "input.txt":
         fetch_shakespeare()
     if dataset.files:
-        return corpus_of([dataset.files], part=part)
+        return corpus_of([dataset.tokens if download else dataset.files], part=part)
     if part:
         raise SystemExit("--part: the standard library is not shared out, it takes seconds")
     identity = f"the standard library of Python {platform.python_version()}"
@@ -122,8 +132,8 @@ def corpus_of(sources: Iterable[str | Path], column: str = "text", part: str = "
     """The documents of files, in the order given; those of a folder, all below it too, and of a
     pattern sorted by path. hf://datasets/USER/NAME/PATTERN is on the hub.
 
-    .parquet: the column; .jsonl (.gz, .zst): that key of each line; .txt: the file is one document.
-    Null and empty texts are no documents.
+    .parquet: the column; .jsonl (.gz, .zst): that key of each line; .txt: the file is one document;
+    .bin, on the hub: tokens. Null and empty texts are no documents.
     The part "3/8" is the third of eight parts of the files. SystemExit at once where there is
     nothing to read, and where a parquet file is damaged or has no such column of text.
     """
@@ -172,10 +182,12 @@ def hub_files(pattern: str) -> dict[str, int]:
     """The same for a pattern of files on the hub. SystemExit where it has none."""
     (found,) = patiently(lambda: [hub().glob(pattern, detail=True)], pattern, first=True)
     files = {f"hf://{path}": info["size"] for path, info in found.items()}
-    files = {path: size for path, size in files.items() if path.endswith(".parquet")}
+    files = {path: size for path, size in files.items() if path.endswith((".parquet", ".bin"))}
     if not files:
         raise SystemExit(f"{pattern}: the hub has no such .parquet files")
-    return dict(sorted(files.items()))
+    number = re.compile(r"_(\d{6})\.bin$")  # llm.c's: val_000000 comes before train_000001
+    keys = {path: (number.findall(path), path) for path in files}
+    return {path: files[path] for path in sorted(files, key=keys.get)}
 
 
 @functools.cache
@@ -220,7 +232,9 @@ def text_bytes(files: dict[str, int], column: str) -> int:
     """About how many bytes of text are in files of these sizes."""
     total, ratio = 0, 0.0
     for path, size in files.items():
-        if not path.endswith(".parquet"):
+        if path.endswith(".bin"):
+            total += size // 2 * 4  # of text a token is four bytes, about, here two
+        elif not path.endswith(".parquet"):
             total += size * (4 if path.endswith((".gz", ".zst")) else 1)  # as text is compressed
         elif path.startswith(HUB) and ratio:  # the first one speaks for the others
             total += round(size * ratio)
@@ -234,7 +248,9 @@ def text_bytes(files: dict[str, int], column: str) -> int:
 def file_pieces(paths: list[str], column: str, file: int = 0, number: int = 0) -> Iterator[Piece]:
     """The pieces of files, from one of them on."""
     for f, path in enumerate(paths[file:], file):
-        if path.endswith(".parquet"):
+        if path.endswith(".bin"):
+            reads = token_reads(path)
+        elif path.endswith(".parquet"):
             reads = parquet_reads(path, column)
         elif path.endswith(".txt"):
             reads = batches(text_rows(path))
@@ -336,6 +352,25 @@ def json_rows(lines: bytes, number: int, column: str) -> Iterator[Row]:
             except (ValueError, TypeError, RecursionError) as error:
                 text = error
         yield n, text, True
+
+
+def token_reads(path: str) -> Iterator[Callable]:
+    """What reads a file of tokens on the hub, llm.c's: 256 int32 of header, then uint16."""
+    header, size = [], hub().size(path)
+    if size >= 1024 and size % 2 == 0:
+        ((_, header, _),) = patiently(functools.partial(token_rows, path, 0, 12), path)
+        header = header.view("<i4").tolist()
+    if header != [20240520, 1, size // 2 - 512]:
+        raise SystemExit(f"{path} is not one of llm.c's files of GPT-2's tokens")
+    for start in range(1024, size, LARGE):
+        read = functools.partial(token_rows, path, start, min(start + LARGE, size))
+        yield functools.partial(patiently, read, path)
+
+
+def token_rows(path: str, start: int, end: int) -> Iterator[Row]:
+    """Bytes of a file on the hub, as one row of tokens."""
+    content = hub().cat_file(path, start, end, cache_type="none")  # no more than these
+    yield 1, np.frombuffer(content, dtype="<u2"), False
 
 
 def parquet_reads(path: str, column: str) -> Iterator[Callable]:

@@ -371,7 +371,7 @@ def test_no_network(work, folder):
         pass  # nobody listens there any more
     for reason, env in {"refused": {}, "offline": {"HF_HUB_OFFLINE": "1"}}.items():
         began = time.monotonic()
-        for args in (["--dataset", "tinystories"], [STORIES, "--out", "x"]):
+        for args in (["--dataset", "tinystories"], ["--download"], [STORIES, "--out", "x"]):
             error = error_line(start(hub, *args, env=env))
             assert error.startswith(HUB) and reason in error and "--dataset stdlib" in error
         assert time.monotonic() - began < 15
@@ -410,6 +410,126 @@ def test_a_file_without_text(tmp_path, work):
     with Hub(tmp_path / "hub") as hub:
         error = error_line(start(hub, f"{HUB}user/texts/*.parquet", "--out", "out"))
     assert "0.parquet has no text in a column" in error and "text (int64)" in error
+
+
+# ---- --download ----------------------------------------------------------------------------------
+
+
+def bin_file(tokens, magic=20240520, version=1, n_tokens=None):
+    """llm.c's: 256 int32 of header, then uint16."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if n_tokens is None else n_tokens
+    return header.tobytes() + tokens.astype("<u2").tobytes()
+
+
+SIZES = (5000, 6000, 6000, 6001, 77, 500, 500, 500, 500, 500)
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    """hub/, where others have put FineWeb-Edu's tokens; returns them, file by file."""
+    folder, rng = tmp_path / "hub/kjj0/finewebedu10B-gpt2", np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    parts = [rng.integers(0, 257, size).astype(np.uint16) for size in SIZES]
+    for number, part in enumerate(parts):
+        split = "train" if number else "val"
+        (folder / f"finewebedu_{split}_{number:06d}.bin").write_bytes(bin_file(part))
+    return parts
+
+
+def test_download(tokens, work):
+    with Hub(work / "hub") as hub:
+        assert ended(start(hub, "--download", shard_size=4096, val_tokens=5000)) == ""
+    out = Path("edu_fineweb10B")
+    assert np.array_equal(tokens_in(out), np.concatenate(tokens))
+    sizes = {path.name: len(np.load(path)) for path in out.glob("*.npy")}
+    assert sizes["edufineweb_val_000000.npy"] == sizes["edufineweb_train_000002.npy"] == 4096
+    assert sizes["edufineweb_val_000001.npy"] == 5000 - 4096
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["documents"] == np.count_nonzero(np.concatenate(tokens) == 256)
+
+
+def test_download_of_the_other(tokens, work):
+    shutil.copytree("hub/kjj0/finewebedu10B-gpt2", "hub/kjj0/fineweb10B-gpt2")
+    with Hub(work / "hub") as hub:
+        ended(start(hub, "--download", "--dataset", "fineweb_10BT"))
+        assert "--download" in error_line(start(hub, "--download", "--dataset", "tinystories"))
+    assert np.array_equal(tokens_in("fineweb10B"), np.concatenate(tokens))
+    assert Path("fineweb10B/fineweb_val_000000.npy").exists()
+
+
+@pytest.mark.parametrize(("workers", "ahead"), [(1, 0), (2, 4)])
+def test_download_of_a_beginning(tokens, work, workers, ahead):
+    """10,500 tokens: of two files, and what the workers were given meanwhile."""
+    with Hub(work / "hub") as hub:
+        process = start(hub, "--download", max_tokens=10_500, workers=workers, sizes="20000,20000")
+        ended(process)
+    assert np.array_equal(tokens_in("edu_fineweb10B"), np.concatenate(tokens)[:10_500])
+    assert len({path for _, path, _ in readings(hub.requests)}) <= 2 + ahead
+
+
+BAD = {
+    "magic": (bin_file(np.arange(9), magic=20240801), "one of llm.c's files"),
+    "version": (bin_file(np.arange(9), version=2), "one of llm.c's files"),
+    "more": (bin_file(np.arange(9), n_tokens=8), "one of llm.c's files"),
+    "less": (bin_file(np.arange(9), n_tokens=10), "one of llm.c's files"),
+    "negative": (bin_file(np.arange(9), n_tokens=-9), "one of llm.c's files"),
+    "short": (bin_file(np.arange(9))[:1000], "one of llm.c's files"),
+    "tiny": (b"llm", "one of llm.c's files"),
+    "empty": (b"", "one of llm.c's files"),
+    "odd": (bin_file(np.arange(9)) + b"\0", "one of llm.c's files"),
+    "beyond": (bin_file(np.array([5, 257, 300])), "300"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_of_tokens_is_named(tokens, work, name):
+    content, words = BAD[name]
+    [path] = Path("hub/kjj0/finewebedu10B-gpt2").glob("*_000002.bin")
+    path.write_bytes(content)
+    with Hub(work / "hub") as hub:
+        error = error_line(start(hub, "--download"))
+    assert f"kjj0/finewebedu10B-gpt2/{path.name}" in error and words in error
+
+
+def test_download_killed_and_gone_on_with(tokens, work):
+    out = work / "edu_fineweb10B"
+    with Hub(work / "hub", lambda *request: time.sleep(0.02)) as hub:
+        ended(start(hub, "--download", shard_size=1000))
+        whole = contents(out)
+        shutil.rmtree(out)
+        for n_shards in (1, 8, 16):
+            process = start(hub, "--download", shard_size=1000)
+            while len(list(out.glob("*.npy"))) < n_shards:
+                assert process.poll() is None
+                time.sleep(0.001)
+            process.kill()
+            process.communicate()
+        ended(start(hub, "--download", shard_size=1000))
+    assert contents(out) == whole
+    assert np.array_equal(tokens_in(out), np.concatenate(tokens))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_download_from_a_hub_that_fails(tokens, work, fault):
+    with Hub(work / "hub", ill_for_a_while(FAULTS[fault])) as hub:
+        assert "next try in" in ended(start(hub, "--download"))
+    assert np.array_equal(tokens_in("edu_fineweb10B"), np.concatenate(tokens))
+
+
+def test_download_of_gpt2s_tokens(tmp_path, work):
+    """The vocabulary that they are of."""
+    try:
+        fineweb.get_encoding("gpt2")
+    except SystemExit as error:
+        pytest.skip(str(error))
+    folder = tmp_path / "hub/kjj0/finewebedu10B-gpt2"
+    folder.mkdir(parents=True)
+    tokens = np.random.default_rng(0).integers(0, 50257, 20_000).astype(np.uint16)
+    (folder / "finewebedu_val_000000.bin").write_bytes(bin_file(tokens))
+    with Hub(tmp_path / "hub") as hub:
+        ended(start(hub, "--download", encoding="gpt2"))
+    assert np.array_equal(tokens_in("edu_fineweb10B"), tokens)
 
 
 # ---- Tiny Shakespeare, the standard library ------------------------------------------------------

@@ -146,6 +146,22 @@ def test_out_is_checked_before_tokenizing(tmp_path):
     assert before == {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
 
 
+def tokens_corpus(*values):
+    """A corpus that is tokens already, one piece."""
+    rows = [(1, np.array(values, dtype=np.uint16), False)]
+    return sources.Corpus(lambda *_: [sources.Piece(0, 0, "a.bin", lambda: rows)])
+
+
+def test_tokens_stay_as_they_are(tmp_path):
+    fineweb.write_shards(tokens_corpus(256, 5, 0, 255), tmp_path, "bytes", val_tokens=2, workers=1)
+    assert stream(tmp_path).tolist() == [256, 5, 0, 255]
+
+
+def test_tokens_of_another_encoding_are_refused(tmp_path):
+    settings = {"encoding": "bytes", "workers": 1, "max_bad": 0}
+    assert "a.bin" in error_of(fineweb.write_shards, tokens_corpus(5, 257), tmp_path, **settings)
+
+
 def test_a_call_that_ends_early_leaves_no_process_waiting(tmp_path):
     """Neither it, for a worker that ended in the middle of an answer, nor a worker for it."""
     (tmp_path / "script.py").write_text(
@@ -674,7 +690,7 @@ def test_verify_needs_a_folder_with_a_manifest_and_nothing_else(tmp_path):
     shard(tmp_path / "data")
     folder = str(tmp_path / "data")
     others = [{"files": ("text.txt",)}, {"out": "other"}, {"dataset": "stdlib"}]
-    for other in (*others, {"part": "1/2"}):
+    for other in (*others, {"part": "1/2"}, {"download": True}):
         assert "--verify" in error_of(fineweb.main, verify=folder, **other)
     (tmp_path / "data" / "manifest.json").unlink()
     for name in ("data", "nowhere"):

@@ -1,7 +1,10 @@
 """Malformed input of every kind, through the command lines: each ends in one line with status 1 or
 2, and no file is made or changed."""
 
+import functools
+import gzip
 import io
+import itertools
 import json
 import os
 import pickle
@@ -25,6 +28,7 @@ from safetensors.torch import load_file, save_file
 import fineweb
 import hellaswag
 import runs
+import sources
 import train_gpt2
 from train_gpt2 import GPT, parse_arguments
 
@@ -74,6 +78,7 @@ def workshop(good, tmp_path, monkeypatch):
     for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    sources.open_parquet.cache_clear()  # under the same names are other files
     limits = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform == "linux":
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -333,7 +338,28 @@ FLAGS = {
     f"fineweb docs --out new --workers {10**30}": "workers",
     "fineweb docs --out new --encoding latin-1": "--encoding",
     "fineweb docs --out new --sharding 5": "--sharding",
+    "fineweb --dataset stdlib --text_column body": "--text_column",
     "fineweb docs more --out new": "more does not exist",
+    "fineweb 'docs/*.parquet' --out new": "docs/*.parquet does not exist",
+    "fineweb docs --out new --text_column": "--text_column",
+    "fineweb docs --out new --max_bad -1": "max_bad",
+    "fineweb docs --out new --max_bad few": "--max_bad",
+    "fineweb docs --out new --part 0/3": "--part 0/3",
+    "fineweb docs --out new --part 4/3": "--part 4/3",
+    "fineweb docs --out new --part x": "--part x",
+    "fineweb docs --out new --part 2/1000": "--part 2/1000",
+    "fineweb docs --out new --part 1/1 --max_tokens 200000": "--max_tokens",
+    "fineweb --dataset nonsense": "--dataset",
+    "fineweb --dataset stdlib --out new --part 1/2": "--part",
+    "fineweb docs --out new --dataset stdlib": "--dataset",
+    "fineweb docs --out new --download": "--download",
+    "fineweb --dataset stdlib --download": "nobody has made tokens of stdlib",
+    "fineweb --dataset shakespeare --out new": "--dataset stdlib",
+    "fineweb --out new": "hf://datasets/HuggingFaceFW/fineweb-edu/",
+    "fineweb hf://datasets/a/b/*.parquet --out new": "hf://datasets/a/b/*.parquet: ",
+    "fineweb hf://datasets/a --out new": "hf://datasets/a",
+    "fineweb hf://datasets/ --out new": "hf://datasets/",
+    "fineweb hf://models/a/b --out new": "hf://models/a/b does not exist",
     "fineweb docs": "--out",
     "fineweb docs --out data": "data already holds shards",
     "fineweb docs --out docs/a.txt": "cannot write to docs/a.txt",
@@ -346,6 +372,7 @@ FLAGS = {
     "fineweb --verify docs/a.txt": "docs/a.txt",
     "fineweb --verify data --out new": "--verify",
     "fineweb docs --verify data": "--verify",
+    "fineweb --dataset stdlib --verify data": "--verify",
     "hellaswag --batch_size 0": "--batch_size",
     "hellaswag --batch_size many": "--batch_size",
     "hellaswag --limit -1": "--limit",
@@ -574,20 +601,78 @@ LOGS = {
     "a blank line": b"\n",
     "a zero byte": b"0 train 5.5\0\n",
 }
-DOCUMENTS = {
-    "text that is not UTF-8": ("b.txt", b"abc\xff"),
-    "a broken line": ("b.jsonl", b'{"text": "fine"}\n{"text": "bro\n'),
-    "a line of junk": ("b.jsonl", JUNK),
-    "a nested line": ("b.jsonl", NESTED),
-    "a line without text": ("b.jsonl", b'{"body": "abc"}\n'),
-    "a line that is a list": ("b.jsonl", b'["text"]\n'),
-    "text that is a number": ("b.jsonl", b'{"text": 5}\n'),
-    "an empty .parquet": ("b.parquet", b""),
-    "a broken .parquet": ("b.parquet", parquet("text", ["a"])[:-20]),
-    "a .parquet of junk": ("b.parquet", b"PAR1" + JUNK + b"PAR1"),
-    "a .parquet without text": ("b.parquet", parquet("body", ["a"])),
-    "a .parquet of numbers": ("b.parquet", parquet("text", [5])),
+UTF_8 = pyarrow.array([b"\xff"]).cast("string", safe=False)  # which it is not
+# rows that are skipped, unless too many are: a file, its content, the row, what is wrong
+ROWS = {
+    "text that is not UTF-8": ("b.txt", b"abc\xff", 1, "0xff"),
+    "text that is UTF-16": ("b.txt", "abc".encode("utf-16"), 1, "0xff"),
+    "a broken line": ("b.jsonl", b'{"text": "fine"}\n{"text": "bro\n', 2, "JSONDecodeError"),
+    "a broken last line": ("b.jsonl", b'\n\n{"text": "bro', 3, "JSONDecodeError"),
+    "a line of junk": ("b.jsonl", JUNK.replace(b"\n", b""), 1, "Error"),
+    "a line that is not UTF-8": ("b.jsonl", b'{"text": "\xff"}', 1, "0xff"),
+    "a nested line": ("b.jsonl", NESTED, 1, "RecursionError"),
+    "a line without text": ("b.jsonl", b'{"body": "abc"}\n', 1, 'no key "text"'),
+    "a line that is a list": ("b.jsonl", b'["text"]\n', 1, "TypeError"),
+    "a line that is a number": ("b.jsonl", b"5\n", 1, "TypeError"),
+    "a line that is a long number": ("b.jsonl", b"5" * 5000 + b"\n", 1, "digits"),
+    "text that is a number": ("b.jsonl", b'{"text": 5}\n', 1, "int where text should be"),
+    "text that is an object": ("b.jsonl", b'{"text": {}}\n', 1, "dict where text should be"),
+    "a .gz of junk": ("b.jsonl.gz", JUNK, 1, "and the rest of the file"),
+    "a .gz cut": ("b.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-5], 1, "Truncated"),
+    "a .zst of junk": ("b.jsonl.zst", JUNK, 1, "and the rest of the file"),
+    "a parquet text that is not UTF-8": ("b.parquet", parquet("text", UTF_8), 1, "0xff"),
+}  # fmt: skip
+# files that end the call at once
+TABLES = {
+    "empty": (b"", "is damaged"),
+    "cut": (parquet("text", ["a"])[:-20], "is damaged"),
+    "junk": (b"PAR1" + JUNK + b"PAR1", "is damaged"),
+    "of a JSON line": (b'{"text": "a"}', "is damaged"),
+    "without text": (parquet("body", ["a"]), "body (string)"),
+    "of numbers": (parquet("text", [5]), "text (int64)"),
+    "of lists": (parquet("text", [["a"]]), "no text in a column"),
+    "of records": (parquet("text", [{"text": "a"}]), "no text in a column"),
+    "of nothing": (parquet("text", [None]), "text (null)"),
 }
+NEW = "fineweb docs --out new --shard_size 900 --val_tokens 100"
+PROGRESS = "new/progress.json"
+
+
+def unfinished():
+    """A call that was killed after three shards."""
+    shards = itertools.count(1)
+
+    def write_file(path, content):
+        if path.suffix == ".npy" and next(shards) == 4:
+            raise KeyboardInterrupt
+        path.write_bytes(content)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fineweb, "write_file", write_file)
+        run(NEW)
+    Path("new/fineweb.lock").unlink(missing_ok=True)
+
+
+POSITIONS = [None, 5, "0", [], [0, 0], [0, 0, 0, 0], [0, 0, -1], [0, 0, 0.5], ["0", 0, 0], [[]]]
+PROGRESSES = {
+    "empty": put(PROGRESS, b""),
+    "no JSON": put(PROGRESS, b"{'tokens': 0}"),
+    "junk": put(PROGRESS, JUNK),
+    "null": put(PROGRESS, b"null"),
+    "a list": put(PROGRESS, b"[]"),
+    "nested": put(PROGRESS, NESTED),
+    "cut": cut(PROGRESS, 100),
+    **{f"no {key}": without(PROGRESS, key)
+       for key in ("encoding", "vocab_size", "tokens", "skipped", "shards", "position")},
+    **{f"position {value}": changed(PROGRESS, position=value) for value in POSITIONS},
+    "tokens below 0": changed(PROGRESS, tokens=-1),
+    "tokens as text": changed(PROGRESS, tokens="5"),
+    "documents as a float": changed(PROGRESS, documents=5.0),
+    "skipped as a number": changed(PROGRESS, skipped=5),
+    "made by nobody": changed(PROGRESS, made_by=None),
+    "a path upwards": changed(PROGRESS, shards=[ENTRY | {"file": "../x_train_000000.npy"}]),
+    "a folder": lambda: (Path(PROGRESS).unlink(), Path(PROGRESS).mkdir()),
+}  # fmt: skip
 
 
 def nothing():
@@ -617,8 +702,35 @@ def others():
     yield "a vocabulary of no encoding", settings, few, "no encoding has 103 tokens"
     for command in ("train --prompt a --init_from small", "hellaswag --model small"):
         yield "a model of no encoding", command, small_vocabulary, "no encoding has 97 tokens"
+    for suffix in (".parquet", ".jsonl"):
+        content = parquet("text", ["a"]) if suffix == ".parquet" else b'{"text": "a"}'
+        command = "fineweb docs --out new --text_column nonsense --max_bad 0"
+        yield "no such column", command, document(f"b{suffix}", content), '"nonsense"'
+    for flag in ("--shard_size 901", "--val_tokens 101", "--max_tokens 3000"):
+        said = f"new already holds shards, made with another {flag[2:].split()[0]}"
+        yield "unfinished with other settings", f"{NEW} {flag}", unfinished, said
+    for what in ("more", "fewer", "gone"):
+        said = "another source" if what != "gone" else "new_train_000001.npy is no shard"
+        yield f"unfinished: {what}", NEW, functools.partial(after_unfinished, what), said
+    other = NEW.replace("docs", "--dataset stdlib")
+    yield "unfinished, from elsewhere", other, unfinished, "another source"
     yield "a folder for log.txt", "train --resume mine", folder_for_log, LOG
     yield "all checkpoints damaged", "train --resume mine", two_damaged, "mine/step_000001.pt"
+
+
+def both(damage):
+    unfinished()
+    damage()
+
+
+def after_unfinished(what: str):
+    unfinished()
+    if what == "more":
+        Path("docs/b.txt").write_text("another document")
+    elif what == "fewer":
+        cut("docs/a.txt", -1)()
+    else:
+        Path("new/new_train_000001.npy").unlink()
 
 
 def small_vocabulary():
@@ -661,9 +773,14 @@ def cases():
             yield f"question: {name}", command, damage, f"{QUESTIONS}, line 2"
     for name, content in LOGS.items():
         yield f"log: {name}", "train --resume mine", put(LOG, content), f"{LOG}, line "
-    for name, (file, content) in DOCUMENTS.items():
-        damage = document(file, content)
-        yield f"document: {name}", "fineweb docs --out new --max_bad 0", damage, f"docs/{file}"
+    for name, (file, content, row, said) in ROWS.items():
+        place, damage = f"docs/{file}, row {row}: ", document(file, content)
+        yield f"row: {name}", "fineweb docs --out new --max_bad 0", damage, (place, said)
+    for name, (content, said) in TABLES.items():
+        damage = document("b.parquet", content)
+        yield f"parquet: {name}", "fineweb docs --out new", damage, ("docs/b.parquet ", said)
+    for name, damage in PROGRESSES.items():
+        yield f"progress: {name}", NEW, functools.partial(both, damage), f"{PROGRESS} is damaged"
     yield from others()
 
 
@@ -691,11 +808,32 @@ def test_the_cases_are_many():
 GOOD = ["train --resume mine", "train --init_from mine", "train --init_from mine/hf"]
 GOOD += ["train --prompt a --init_from mine", "train --hellaswag_interval 1"]
 GOOD += ["hellaswag --model mine", "fineweb --verify data", "fineweb docs --out new --val_tokens 9"]
+GOOD += [NEW, f"{NEW} --part 1/1", f"{NEW} --text_column nonsense --max_bad 0"]  # of a .txt file
 
 
 @pytest.mark.parametrize("command", GOOD)
 def test_with_nothing_damaged_the_commands_succeed(command):
     run(command)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_bad_row_is_skipped_and_named(name, capfd):
+    file, content, row, _ = ROWS[name]
+    document(file, content)()
+    run("fineweb docs --out new --val_tokens 9")
+    assert "1 rows were skipped" in capfd.readouterr().out
+    [line] = json.loads(Path("new/manifest.json").read_text())["skipped"]
+    assert line.startswith(f"docs/{file}, row {row}: ") and len(line.splitlines()) == 1
+
+
+def test_a_call_that_has_no_shard_yet_leaves_the_folder_free():
+    """A bad row was the first, and is mended: other documents, and yet the same --out."""
+    document("a.jsonl", b"broken")()
+    with pytest.raises(SystemExit):
+        run(f"{NEW} --max_bad 0")
+    document("a.jsonl", b'{"text": "mended"}')()
+    run(f"{NEW} --max_bad 0")
+    assert json.loads(Path("new/manifest.json").read_text())["documents"] == 2
 
 
 def test_the_trap_is_armed():
@@ -737,6 +875,16 @@ def test_a_process_ends_in_one_line_and_changes_no_file(command, damage, said):
         assert part in done.stderr
 
 
+@pytest.mark.parametrize("command", ["--out new", "hf://datasets/a/b/*.parquet --out new"])
+def test_a_hub_that_nobody_serves_is_given_up_at_once(monkeypatch, command):
+    for name, value in {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}.items():
+        monkeypatch.setenv(name, value)
+    line = [sys.executable, str(ROOT / "fineweb.py"), *shlex.split(command)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("hf://datasets/") and "--dataset stdlib" in done.stderr
+
+
 # ---- what no table has: chance -------------------------------------------------------------------
 
 
@@ -775,6 +923,20 @@ def read_export():
     GPT.from_pretrained("mine/hf")(torch.zeros(2, 3, dtype=torch.int64))
 
 
+def read_rows(suffix: str):
+    for piece in sources.corpus_of([f"mixed/a.jsonl{suffix}"]).pieces():
+        assert all(len(line.splitlines()) == 1 for line in fineweb.tokenize(piece, "bytes").bad)
+
+
+def read_progress():
+    shutil.rmtree("again", ignore_errors=True)
+    shutil.copytree("new", "again")
+    run(NEW.replace("--out new", "--out again"))
+
+
+PACKED = {"": bytes, ".gz": gzip.compress}
+PACKED[".zst"] = functools.partial(pyarrow.compress, codec="zstd", asbytes=True)
+
 READERS = {
     PT: read_checkpoint,
     LOG: lambda: runs.read_log("mine"),
@@ -785,6 +947,8 @@ READERS = {
     CONFIG: read_export,
     WEIGHTS: read_export,
     "mine/owner.json": lambda: runs.owner_of(Path("mine")),
+    **{f"mixed/a.jsonl{suffix}": functools.partial(read_rows, suffix) for suffix in PACKED},
+    PROGRESS: read_progress,
 }
 
 
@@ -799,6 +963,10 @@ def outcome(read) -> str:
 
 @pytest.mark.parametrize("path", READERS)
 def test_a_file_changed_by_chance_is_read_or_refused_in_one_line(path):
+    Path("mixed").mkdir()
+    for suffix, pack in PACKED.items():
+        Path(f"mixed/a.jsonl{suffix}").write_bytes(pack(b'{"text": "a text"}\n' * 20))
+    unfinished()
     rng, content = random.Random(path), Path(path).read_bytes()
     assert outcome(READERS[path]) == "read"
     for _ in range(40):
