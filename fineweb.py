@@ -578,6 +578,8 @@ def open_shards(folder: str | Path, split: str, vocab_size: int) -> list[np.ndar
     vocabulary.
     """
     folder = Path(folder)
+    if (folder / "progress.json").exists() and not (folder / "manifest.json").exists():
+        raise SystemExit(f"{folder}/ is not finished: give its fineweb.py command again")
     files = sorted(file for file in folder.glob("*") if split_of(file.name) == split)
     if not files:
         raise SystemExit(
@@ -588,6 +590,7 @@ def open_shards(folder: str | Path, split: str, vocab_size: int) -> list[np.ndar
     n_vocab = manifest.get("vocab_size", vocab_size)
     if n_vocab != vocab_size:
         raise SystemExit(f"{folder}/ has a vocabulary of {n_vocab}: give --vocab_size {n_vocab}")
+    check_encodings(folder, manifest)
     entries = {folder / e["file"]: e for e in manifest["shards"] if split_of(e["file"]) == split}
     missing = {file.name for file in entries.keys() - set(files)}
     if missing:
@@ -603,6 +606,23 @@ def open_shards(folder: str | Path, split: str, vocab_size: int) -> list[np.ndar
             )
     check_once(folder, entries)
     return shards
+
+
+def check_encodings(folder: Path, manifest: dict) -> None:
+    """SystemExit where shards of several encodings are in a folder, as far as it can be seen."""
+    known = {entry["file"]: manifest["encoding"] for entry in manifest["shards"]}
+    found = {}
+    for file in sorted(file for file in folder.glob("*") if split_of(file.name)):
+        encoding = known.get(file.name)
+        if not encoding:  # a thousand of GPT-2's tokens in a row are not all among the first 257
+            head = open_shard(file)[: 2**20]
+            encoding = "bytes" if head.max(initial=0) < 257 else "gpt2"
+            if len(head) < 1000:
+                continue
+        found[encoding] = file.name
+    if len(found) > 1:
+        what = ", ".join(f"{name} ({encoding})" for encoding, name in found.items())
+        raise SystemExit(f"{folder}/ has shards of several encodings: {what}: move one kind away")
 
 
 def open_shard(file: Path, entry: dict | None = None) -> np.ndarray:

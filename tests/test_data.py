@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import fineweb
 from train_gpt2 import Config, Windows, get_batch, prefetch
 
 T = 4
@@ -355,3 +356,55 @@ def test_a_damaged_manifest(tmp_path, text):
 def test_too_little_text_for_one_window(tmp_path):
     write_npy(tmp_path, shard_tokens([4, 4]))  # a window of 4 is 5 tokens
     assert "--block_size 4" in error_of(tmp_path)
+
+
+# ---- a folder of several kinds of shards
+
+
+def numbers(vocab_size, n=2000):
+    """Tokens as an encoding of that vocabulary might give them."""
+    return np.random.default_rng(0).integers(0, vocab_size, n).astype(np.uint16)
+
+
+def test_npy_and_bin_of_several_sizes_in_one_folder(tmp_path):
+    shards = [numbers(50257, n) for n in (1500, 4000, 20)]
+    write_bin(tmp_path, shards)
+    shards.append(numbers(50257, 3001))
+    np.save(tmp_path / "data_train_000003.npy", shards[-1])
+    opened = fineweb.open_shards(tmp_path, "train", 50257)
+    for shard, expected in zip(opened, shards, strict=True):
+        np.testing.assert_array_equal(shard, expected)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("vocab_sizes", [(257, 50257), (50257, 257)])
+@pytest.mark.parametrize("write", [write_npy, write_bin])
+def test_shards_of_two_encodings_are_refused(tmp_path, write, vocab_sizes, split):
+    write(tmp_path, [numbers(vocab_sizes[0])])
+    np.save(tmp_path / f"more_{split}_000009.npy", numbers(vocab_sizes[1]))
+    error = error_of(tmp_path)
+    assert "several encodings" in error and "(bytes)" in error and "(gpt2)" in error
+
+
+def test_a_shard_of_another_encoding_beside_a_manifest_is_refused(tmp_path):
+    fineweb.write_shards(["some text " * 200], tmp_path, "bytes", val_tokens=1000, workers=1)
+    open_windows(tmp_path, vocab_size=257)
+    np.save(tmp_path / "more_train_000009.npy", numbers(50257))
+    assert "more_train_000009.npy (gpt2)" in error_of(tmp_path, vocab_size=257)
+
+
+def test_a_few_tokens_do_not_tell_their_encoding(tmp_path):
+    write_npy(tmp_path, [numbers(257, n=900), numbers(50257)])
+    open_windows(tmp_path)
+
+
+def test_shards_that_are_not_finished_are_not_trained_on(tmp_path):
+    def documents():
+        yield "some text " * 500_000  # more than is read at a time
+        raise SystemExit("stopped")
+
+    settings = {"shard_size": 10**6, "val_tokens": 1000, "workers": 1}
+    with pytest.raises(SystemExit, match="stopped"):
+        fineweb.write_shards(documents(), tmp_path, "bytes", **settings)
+    assert list(tmp_path.glob("*_train_*.npy"))
+    assert "not finished" in error_of(tmp_path, vocab_size=257)
