@@ -296,8 +296,8 @@ def test_ranks_stop_at_the_same_step_when_torchrun_gets_the_signal(workshop, who
 
 def test_a_second_signal_stops_at_once(workshop):
     run = start(workshop, out_dir="twice", total_batch_size=32 * 16 * 4096)  # endless steps
-    read_until(run, "from step 0")
-    time.sleep(2)  # the first step is under way
+    read_until(run, "step 0/60 . val")  # by then it listens
+    time.sleep(1)  # the first step is under way
     run.send_signal(signal.SIGINT)
     time.sleep(1.5)
     assert run.poll() is None  # it goes on to finish the step
