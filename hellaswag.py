@@ -15,12 +15,14 @@ import os
 import random
 import re
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import tiktoken
 import torch
 import tyro
@@ -110,46 +112,108 @@ def make_examples(
     return examples
 
 
-def render(example: dict, encoding: tiktoken.Encoding) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """One row per ending: tokens (4, N) int64, mask (4, N) bool, and the label.
+class Question(NamedTuple):
+    """A context and what might follow it, as tokens."""
 
-    A row is the context, its ending, and zeros up to the longest row's N; the mask is true on the
-    ending alone. The two are encoded apart: GPT-2's words carry the space on their left.
-    """
+    context: list[int]
+    endings: list[list[int]]
+    sizes: list[int]  # of the endings, for the normalized score
+    label: int  # the right ending
+
+
+def render(example: dict, encoding: tiktoken.Encoding) -> Question:
+    """An example as tokens; an ending's size is the number of its tokens."""
     # encode_ordinary: a text that spells out <|endoftext|> is still text
     context = encoding.encode_ordinary(example["ctx"])
+    # GPT-2's words carry the space on their left, so the two can be encoded apart
     endings = [encoding.encode_ordinary(" " + ending) for ending in example["endings"]]
-    N = len(context) + max(len(ending) for ending in endings)
-    tokens = torch.zeros(4, N, dtype=torch.int64)  # (4, N)
-    mask = torch.zeros(4, N, dtype=torch.bool)  # (4, N)
-    for row, ending in enumerate(endings):
-        stop = len(context) + len(ending)
-        tokens[row, :stop] = torch.tensor(context + ending)
-        mask[row, len(context) : stop] = True
-    return tokens, mask, example["label"]
+    return Question(context, endings, [len(ending) for ending in endings], example["label"])
 
 
-def score(
-    logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's cross-entropy on its masked tokens, in nats: the sum, and the mean per token.
+def prepare(
+    examples: list[dict],
+    encoding: tiktoken.Encoding,
+    block_size: int,
+) -> list[Question]:
+    """The examples as tokens, the longest first: one batch then has rows of about one length, and
+    a memory that is too small shows at once.
 
-    logits (R, N, V) of any float type, tokens (R, N), mask (R, N) -> (R,), (R,) float32.
+    A context loses its oldest tokens where it and its longest ending exceed `block_size`;
+    SystemExit where an ending leaves no room for a token before it.
     """
-    targets, mask = tokens[:, 1:], mask[:, 1:].bool()  # (R, N-1): logits at t speak of t + 1
-    losses = torch.zeros(targets.shape, device=logits.device)  # (R, N-1)
-    # only endings become float32: most of the logits are context's and padding's
-    predictions = logits[:, :-1][mask].float()  # (R, N, V) -> (scored tokens, V)
-    losses[mask] = F.cross_entropy(predictions, targets[mask], reduction="none")
-    sum_loss = losses.sum(dim=1)  # (R,)
-    return sum_loss, sum_loss / mask.sum(dim=1)
+    questions = []
+    for example in examples:
+        question = render(example, encoding)
+        longest = max(question.endings, key=len)
+        room = block_size - len(longest)
+        if room < 1:
+            raise SystemExit(
+                f"block_size {block_size} has no room for context before "
+                f"{encoding.decode(longest)!r}: leave it out, or use a model with a longer one"
+            )
+        # the four endings lose the same, and so stay comparable
+        questions.append(question._replace(context=question.context[-room:]))
+    return sorted(questions, key=lambda q: len(q.context) + sum(map(len, q.endings)), reverse=True)
+
+
+class Batch(NamedTuple):
+    """B questions as rows of N tokens, and the S tokens of all their endings."""
+
+    tokens: torch.Tensor  # (B, N) int64
+    pos: torch.Tensor  # (B, N) int64, their positions
+    mask: torch.Tensor  # (B, 1, N, N) bool: which token sees which
+    before: torch.Tensor  # (2, S) int64: row and column of the token before each
+    targets: torch.Tensor  # (S,) int64: the tokens of the endings, one after another
+
+
+def lay_out(questions: list[Question]) -> Batch:
+    """A row has its question's context once and the endings behind it, each at the positions that
+    follow the context. An ending sees the context and itself, so it might as well be alone."""
+    rows, before, targets = [], [], []
+    for row, (context, endings, _, _) in enumerate(questions):
+        tokens, n = list(context), len(context)
+        pos, part = list(range(n)), [0] * n  # 0: the context, 1 to 4: an ending
+        for number, ending in enumerate(endings, start=1):
+            seen = ending[:-1]  # the last one is predicted, and predicts nothing
+            columns = [n - 1, *range(len(tokens), len(tokens) + len(seen))]
+            before += [(row, column) for column in columns]
+            targets += ending
+            tokens += seen
+            pos += range(n, n + len(seen))
+            part += [number] * len(seen)
+        rows.append((tokens, pos, part))
+    N = max(len(tokens) for tokens, _, _ in rows)
+    N += -N % 16  # few shapes
+    padded = [[column + [0] * (N - len(column)) for column in row] for row in rows]
+    # numpy reads lists three times as fast as torch
+    tokens, pos, part = torch.from_numpy(np.array(padded)).unbind(dim=1)  # (B, N) each
+    same_part = part[:, :, None] == part[:, None, :]  # (B, N, N)
+    is_context = (part == 0)[:, None, :]  # the padding too, but it comes after all that looks
+    mask = (same_part | is_context).tril()
+    before, targets = torch.from_numpy(np.array(before)), torch.from_numpy(np.array(targets))
+    return Batch(tokens, pos, mask[:, None], before.T, targets)
+
+
+@torch.no_grad()
+def score(model, questions: list[Question]) -> list[list[float]]:
+    """For each question, of each ending, the summed cross-entropy in nats. `model` is a bare GPT,
+    since shapes change."""
+    device = model.lm_head.weight.device
+    tokens, pos, mask, before, targets = (part.to(device) for part in lay_out(questions))
+    x = model.hidden(tokens, pos, mask)  # (B, N, C)
+    row, column = before  # (S,) each
+    logits = model.logits(x[row, column]).float()  # (S, V): of the scored positions alone
+    losses = F.cross_entropy(logits, targets, reduction="none")  # (S,)
+    # added up by Python, in float64: in one order, whatever computed them
+    losses = iter(losses.tolist())
+    return [[sum(islice(losses, len(e))) for e in q.endings] for q in questions]
 
 
 class Counts(NamedTuple):
     """What `evaluate` counts: whole numbers, to add up over ranks before dividing."""
 
     num_total: int
-    num_correct: int  # examples whose right ending has the least summed loss
+    num_correct: int  # questions whose right ending has the least summed loss
     num_correct_norm: int  # the least mean loss per token: long endings are not punished
 
     @property
@@ -169,66 +233,50 @@ class Counts(NamedTuple):
         return f"acc {acc} acc_norm {norm} on {self.num_total} examples"
 
 
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    examples: list[dict],
-    encoding: tiktoken.Encoding,
-    block_size: int,
-    device: torch.device | str,
-    batch_size: int = 8,
+def scores(
+    model,
+    questions: list[Question],
+    batch_size: int = 0,
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
     autocast: AbstractContextManager | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Counts:
-    """Score this rank's share of `examples`, `batch_size` of them (four rows each) at a time.
+) -> Iterator[tuple[Question, list[float]]]:
+    """This rank's share of what `prepare` returned, each question with what `score` says of it.
+    They are scored batch_size at a time; 0: 64 on a GPU, and 16 on a CPU, where more are slower.
 
-    `model` maps idx (R, N) to (logits (R, N, V), anything) and is left in the mode it was found
-    in; give the bare one, as shapes change. `autocast` must bear being entered again and again,
-    as torch.autocast does. `stop` is asked before each batch, and may end the evaluation early.
-    A row longer than `block_size` loses its oldest context; SystemExit,
-    before the model runs, where an ending and one token before it do not fit.
+    `model` is left in the mode it was found in. `autocast` must bear being entered again and again,
+    as torch.autocast does. `stop` is asked before each batch, and may end it all early.
     """
-    rows = []
-    for example in examples[rank::world_size]:
-        tokens, mask, label = render(example, encoding)
-        # all four rows lose the same tokens of context, and so stay comparable
-        tokens, mask = tokens[:, -block_size:], mask[:, -block_size:]  # (4, min(N, block_size))
-        if mask[:, 0].any():
-            raise SystemExit(
-                f"block_size {block_size} has no room for context before the longest of "
-                f"{example['endings']}: leave that example out, or use a model with a longer one"
-            )
-        rows.append((tokens, mask, label))
-    num_total = num_correct = num_correct_norm = 0
+    mine = questions[rank::world_size]  # of every length
+    batch_size = batch_size or (64 if model.lm_head.weight.device.type == "cuda" else 16)
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(rows), unit="example", disable=not progress)
+    bar = tqdm(total=len(mine), unit="example", disable=not progress, leave=False)
     try:
-        for start in range(0, len(rows), batch_size):
+        for start in range(0, len(mine), batch_size):
             if stop():
                 break
-            tokens, mask, label = zip(*rows[start : start + batch_size], strict=True)
-            # Padding on the right is harmless: under a causal mask no position sees what comes
-            # after it, and nothing after a row's ending is scored.
-            N = max(t.size(1) for t in tokens)
-            tokens = torch.cat([F.pad(t, (0, N - t.size(1))) for t in tokens])  # (4B, N)
-            mask = torch.cat([F.pad(m, (0, N - m.size(1))) for m in mask])  # (4B, N)
-            tokens, mask = tokens.to(device), mask.to(device)
+            batch = mine[start : start + batch_size]
             with autocast or nullcontext():
-                logits, _ = model(tokens)  # (4B, N, V)
-            sum_loss, mean_loss = score(logits, tokens, mask)  # (4B,) each
-            label = torch.tensor(label, device=device)  # (B,)
-            num_total += len(label)
-            num_correct += int((sum_loss.view(-1, 4).argmin(dim=1) == label).sum())
-            num_correct_norm += int((mean_loss.view(-1, 4).argmin(dim=1) == label).sum())
-            bar.set_postfix(acc_norm=f"{num_correct_norm / num_total:.4f}", refresh=False)
-            bar.update(len(label))
+                results = score(model, batch)
+            yield from zip(batch, results, strict=True)
+            bar.update(len(batch))
     finally:
         bar.close()
         model.train(was_training)
+
+
+def evaluate(model, questions: list[Question], **how) -> Counts:
+    """Count the right endings; `how` as `scores` has it."""
+    num_total = num_correct = num_correct_norm = 0
+    for question, sums in scores(model, questions, **how):
+        pairs = zip(sums, question.sizes, strict=True)
+        means = [loss / size for loss, size in pairs]
+        num_total += 1
+        num_correct += sums.index(min(sums)) == question.label
+        num_correct_norm += means.index(min(means)) == question.label
     return Counts(num_total, num_correct, num_correct_norm)
 
 
@@ -236,7 +284,8 @@ def main(
     model: str = "gpt2",
     file: str = PATH,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    batch_size: int = 8,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    batch_size: int = 0,
     limit: int = 0,
 ) -> None:
     """Score a model on HellaSwag's validation set.
@@ -245,20 +294,22 @@ def main(
         model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run's folder or an exported folder.
         file: the examples, as JSON lines; downloaded to there when absent.
         device: auto: CUDA, else Apple's MPS, else the CPU.
-        batch_size: examples at a time; the model sees four rows for each.
+        dtype: of matrix products; auto: bfloat16 or float16 on CUDA, else float32.
+        batch_size: examples at a time; 0: 64 on a GPU, else 16.
         limit: only the first so many examples; 0 for all.
     """
     # here, not above: the trainer imports this module
-    from train_gpt2 import encoding_of, load_model, resolve_device
+    from train_gpt2 import autocast_of, encoding_of, load_model, resolve_device, resolve_dtype
 
-    if batch_size < 1 or limit < 0:
-        raise SystemExit("--batch_size must be at least 1 and --limit at least 0")
+    if batch_size < 0 or limit < 0:
+        raise SystemExit("--batch_size and --limit must be at least 0")
     target = resolve_device(device)
     examples = load(file)[: limit or None]
     gpt = load_model(model).to(target)
     encoding = encoding_of(gpt.config.vocab_size)
-    block_size = gpt.config.block_size
-    counts = evaluate(gpt, examples, encoding, block_size, target, batch_size, progress=True)
+    autocast = autocast_of(resolve_dtype(dtype, target), target)
+    questions = prepare(examples, encoding, gpt.config.block_size)
+    counts = evaluate(gpt, questions, batch_size=batch_size, progress=True, autocast=autocast)
     print(f"{model}: {counts}")
 
 

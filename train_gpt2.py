@@ -172,13 +172,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) to (B, T, C)
+    def forward(self, x: torch.Tensor, mask=None) -> torch.Tensor:  # (B, T, C) to (B, T, C)
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         # flash attention: the (T, T) weights are never written to memory (Dao et al. 2022)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads back side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -208,10 +208,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) to (B, T, C)
+    def forward(self, x: torch.Tensor, mask=None) -> torch.Tensor:  # (B, T, C) to (B, T, C)
         # norms sit on the branches (GPT-2 paper, section 2.3): along the sum itself gradients
         # reach the first block unchanged
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), mask)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -251,20 +251,31 @@ class GPT(nn.Module):
             else:
                 p.normal_(std=0.01 if name.endswith("wpe.weight") else 0.02)
 
+    def hidden(self, idx, pos=None, mask=None) -> torch.Tensor:
+        """idx (B, T) int64 to what the head reads, (B, T, C).
+
+        pos (B, T), positions below block_size, and mask (B, 1, T, T) bool, which token sees which,
+        are for what is not one text a row."""
+        if pos is None:
+            T = idx.size(1)
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens, but only {self.config.block_size} positions")
+            pos = torch.arange(T, device=idx.device)
+        tok_emb = self.transformer.wte(idx)  # (B, T, C)
+        pos_emb = self.transformer.wpe(pos)  # (T, C) or (B, T, C)
+        x = self.transformer.drop(tok_emb + pos_emb)
+        for block in self.transformer.h:
+            x = block(x, mask)
+        return self.transformer.ln_f(x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """What hidden returned, or a part of it, (..., C) to (..., vocab_size)."""
+        return self.lm_head(x)[..., : self.config.vocab_size]  # the padding stays in here
+
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
         """idx (B, T) int64, T up to block_size, to the logits (B, T, vocab_size) of the tokens that
         follow; and, given these as targets (B, T), their mean cross-entropy in nats, else None."""
-        T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens, but only {self.config.block_size} positions")
-        pos = torch.arange(T, device=idx.device)
-        tok_emb = self.transformer.wte(idx)  # (B, T, C)
-        pos_emb = self.transformer.wpe(pos)  # (T, C), alike in every row
-        x = self.transformer.drop(tok_emb + pos_emb)
-        for block in self.transformer.h:
-            x = block(x)
-        x = self.transformer.ln_f(x)
-        logits = self.lm_head(x)[..., : self.config.vocab_size]  # the padding stays in here
+        logits = self.logits(self.hidden(idx))
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -589,6 +600,11 @@ def resolve_micro_batch_size(config: Config, device: torch.device, world_size: i
     return config.micro_batch_size or math.gcd(sequences, largest)
 
 
+def autocast_of(dtype: torch.dtype, device: torch.device):
+    """The context in which matrix products have this dtype."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
 # dense rates of bfloat16 products (V100 and T4: float16) in FLOP/s, from the vendors' data sheets
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -669,7 +685,7 @@ def check_config(config: Config):
 
 def prepare(config: Config, path: Path | None, checkpoint: dict | None):
     """All else that a run starts from: configuration, model (on the CPU), fingerprint of the data,
-    windows, encoding, HellaSwag's examples. Whatever is wrong with them is said here, before the
+    windows, encoding, HellaSwag's questions. Whatever is wrong with them is said here, before the
     first step."""
     data = fineweb.fingerprint(config.data_dir)
     torch.manual_seed(config.seed)
@@ -685,13 +701,14 @@ def prepare(config: Config, path: Path | None, checkpoint: dict | None):
 
     splits = ("train", "val") if config.val_interval else ("train",)
     windows = {s: Windows(config.data_dir, s, config.block_size, config.vocab_size) for s in splits}
-    encoding = examples = None
+    encoding = questions = None
     if config.hellaswag_interval or config.sample_interval:
         encoding = encoding_of(config.vocab_size)
     if config.hellaswag_interval:
         own = Path(config.data_dir) / "hellaswag_val.jsonl"  # questions about the corpus itself
         examples = hellaswag.load(own if own.exists() else hellaswag.PATH)
-    return config, model, data, windows, encoding, examples
+        questions = hellaswag.prepare(examples, encoding, config.block_size)
+    return config, model, data, windows, encoding, questions
 
 
 def main(config: Config, signals: Iterable[signal.Signals] = ()):
@@ -708,7 +725,7 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         texts = sample_texts(model, encoding, config.prompt, config.seed, n=5)
         return print0("\n".join(f"> {text}" for text in texts))
     dtype = resolve_dtype(config.dtype, device)
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    autocast = autocast_of(dtype, device)
     B, T = resolve_micro_batch_size(config, device, world_size), config.block_size
     config = replace(config, micro_batch_size=B)
     grad_accum_steps = config.total_batch_size // (B * T * world_size)
@@ -744,7 +761,7 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
         folder, path = paths
         checkpoint = runs.load_checkpoint(path) if path else None
         prepared = prepare(config, path, checkpoint)
-    config, raw_model, data, windows, encoding, examples = prepared
+    config, raw_model, data, windows, encoding, questions = prepared
     first_step = checkpoint["step"] if checkpoint else 0
     n_params = sum(p.numel() for p in raw_model.parameters())
     if rank == 0:
@@ -819,9 +836,8 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
             if rank == 0:
                 log.write(step, "val", loss)
         if is_due(config.hellaswag_interval, step):
-            counts = hellaswag.evaluate(raw_model, examples, encoding, T, device, rank=rank,
-                                        world_size=world_size, autocast=autocast,
-                                        stop=stop_early)  # fmt: skip
+            counts = hellaswag.evaluate(raw_model, questions, rank=rank, world_size=world_size,
+                                        autocast=autocast, stop=stop_early)  # fmt: skip
             counts = hellaswag.Counts(*sum_over_ranks(*counts, device=device))
             if stopped := stopping():
                 break

@@ -5,7 +5,7 @@
     python tests/bench.py optimizer    # fused AdamW, or torch's default on a CPU
     python tests/bench.py checkpoint   # what one costs the loop: written beside it, or in it
     python tests/bench.py fineweb      # tokenizing on every core, or as one would write it at first
-    python tests/bench.py hellaswag    # a batch of examples at a time, or one
+    python tests/bench.py hellaswag    # the context once, or four rows and all logits
     python tests/bench.py shakespeare input.txt  # the preset, or nanoGPT's recipe for a CPU
 
 Each way is timed in turn, so that what else the machine does falls on all of them.
@@ -13,7 +13,6 @@ Each way is timed in turn, so that what else the machine does falls on all of th
 
 import argparse
 import copy
-import functools
 import itertools
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import pyarrow.parquet
 import torch
+from torch.nn import functional as F
 
 import fineweb
 import hellaswag
@@ -49,13 +49,13 @@ def clock(function, *args) -> float:
     return time.perf_counter() - t0
 
 
-def compare(title: str, unit: str, ways: dict) -> None:
-    """Call each way in turn, ROUNDS times; print the medians, and their ratios to the last."""
+def compare(title: str, unit: str, ways: dict, rounds: int = ROUNDS) -> None:
+    """Call each way in turn, so many rounds; print the medians, and their ratios to the last."""
     results = {name: [] for name in ways}
-    for _, (name, way) in itertools.product(range(ROUNDS), ways.items()):
+    for _, (name, way) in itertools.product(range(rounds), ways.items()):
         results[name].append(way())
     last = statistics.median(results[name])
-    print(f"{title} ({unit}; median of {ROUNDS}, from least to most)")
+    print(f"{title} ({unit}; median of {rounds}, from least to most)")
     for name, r in results.items():
         median = statistics.median(r)
         print(f"  {name:25} {median:9.4g} {median / last:6.2f}x   {min(r):.4g} to {max(r):.4g}")
@@ -224,12 +224,44 @@ def plain_tokens(text: str) -> np.ndarray:
     return np.array([enc.eot_token, *enc.encode_ordinary(text)], dtype=np.uint16)
 
 
-def bench_hellaswag() -> None:
-    documents = list(itertools.islice(sources.standard_library(), 20))
-    args = hellaswag.make_examples(documents, count=64), fineweb.get_encoding("bytes"), 128, "cpu"
-    way = functools.partial(clock, hellaswag.evaluate, GPT(PRESETS["demo"]), *args)
-    ways = {f"{n} at a time": functools.partial(way, n) for n in (8, 1)}
-    compare("64 examples, the demo's model", "seconds", ways)
+def bench_hellaswag(path: str = "") -> None:
+    """A network of 124M on questions like HellaSwag's; or on its file: 16 examples of a quarter of
+    the lengths and 16 of three quarters, for a batch has neighbours when all are asked."""
+    encoding, model = fineweb.get_encoding("gpt2"), GPT(Config()).eval()
+    if path:
+        examples = sorted(hellaswag.load(path), key=lambda e: len(e["ctx"] + "".join(e["endings"])))
+        examples = [e for at in (1, 3) for e in examples[at * len(examples) // 4 :][:16]]
+    else:
+        documents = list(itertools.islice(sources.standard_library(), 20))
+        examples = hellaswag.make_examples(documents, 4, context_chars=160, ending_chars=90)
+    questions = hellaswag.prepare(examples, encoding, 1024)
+    plain_choices(model, examples[:2], encoding)  # neither way comes first
+    rate = lambda *way: len(examples) / clock(*way)  # noqa: E731
+    ways = {
+        "context once": lambda: rate(hellaswag.evaluate, model, questions),
+        "four rows, all logits": lambda: rate(plain_choices, model, examples, encoding),
+    }
+    compare("HellaSwag, 124M, float32", "examples/s", ways, rounds=ROUNDS if path else 3)
+
+
+@torch.no_grad()
+def plain_choices(model: GPT, examples: list[dict], encoding) -> list[tuple[int, int]]:
+    """As one would write it at first: an example at a time, four padded rows, logits everywhere."""
+    choices = []
+    for example in examples:
+        context = encoding.encode_ordinary(example["ctx"])
+        rows = [context + encoding.encode_ordinary(f" {e}") for e in example["endings"]]
+        tokens = torch.zeros(4, max(map(len, rows)), dtype=torch.int64)  # (4, N)
+        is_ending = torch.zeros(tokens.shape)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row)
+            is_ending[i, len(context) : len(row)] = 1
+        logits, targets = model(tokens)[0][:, :-1], tokens[:, 1:]  # (4, N - 1, V), (4, N - 1)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        sums = (losses.view(4, -1) * is_ending[:, 1:]).sum(dim=1)  # (4,)
+        means = sums / is_ending.sum(dim=1)
+        choices.append((int(sums.argmin()), int(means.argmin())))
+    return choices
 
 
 def bench_shakespeare(path: str) -> None:
@@ -277,7 +309,10 @@ if __name__ == "__main__":
     names = [name[6:] for name in globals() if name.startswith("bench_")]
     parser.add_argument("name", choices=names)
     parser.add_argument(
-        "argument", nargs="*", help="shakespeare: a text file; fineweb: a .parquet file, or none"
+        "argument",
+        nargs="*",
+        help="shakespeare: a text file; and where wanted: fineweb: a .parquet file, hellaswag: "
+        "its file, sampling: a number of tokens",
     )
     arguments = parser.parse_args()
     globals()[f"bench_{arguments.name}"](*arguments.argument)

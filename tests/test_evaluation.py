@@ -55,7 +55,7 @@ def test_ranks_share_out_the_same_tokens(tmp_path, world_size):
 def test_an_evaluation_asks_before_each_batch_whether_to_stop(tmp_path, n_batches):
     windows, model = val_windows(tmp_path), GPT(CONFIG)
     batches, asked = [], []
-    model.register_forward_hook(lambda *_: batches.append(1))
+    model.transformer.ln_f.register_forward_hook(lambda *_: batches.append(1))
     example = {"ctx": "12", "endings": ["5", "6", "7", "8"], "label": 0}
 
     def stop():
@@ -67,10 +67,11 @@ def test_an_evaluation_asks_before_each_batch_whether_to_stop(tmp_path, n_batche
     assert len(asked) == min(n_batches + 1, 6)
     batches.clear()
     asked.clear()
-    encoding = fineweb.get_encoding("bytes")
-    hellaswag.evaluate(model, [example] * 11, encoding, 16, "cpu", batch_size=2, stop=stop)
+    questions = hellaswag.prepare([example] * 11, fineweb.get_encoding("bytes"), 16)
+    counts = hellaswag.evaluate(model, questions, batch_size=2, stop=stop)
     assert len(batches) == min(n_batches, 6)
     assert len(asked) == min(n_batches + 1, 6)
+    assert counts.num_total == min(2 * n_batches, 11)
 
 
 def test_hellaswag_in_a_run_counts_every_example(tmp_path, monkeypatch, capsys):

@@ -373,7 +373,7 @@ FLAGS = {
     "fineweb --verify data --out new": "--verify",
     "fineweb docs --verify data": "--verify",
     "fineweb --dataset stdlib --verify data": "--verify",
-    "hellaswag --batch_size 0": "--batch_size",
+    "hellaswag --batch_size -1": "--batch_size",
     "hellaswag --batch_size many": "--batch_size",
     "hellaswag --limit -1": "--limit",
     "hellaswag --device tpu": "--device",
