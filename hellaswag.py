@@ -6,11 +6,17 @@
 
 10,042 examples; one ending is human, three are a machine's that fooled a classifier (Zellers et
 al. 2019, arXiv:1905.07830). A small model cannot play multiple choice, so each ending is scored
-alone, as the context's continuation. Guessing gets 0.25. For OpenAI's 124M the header of
-build-nanogpt's hellaswag.py reports acc 0.2859 and acc_norm 0.2955.
+alone, as the context's continuation. Guessing gets 0.25.
+
+Two ways of asking give four scores. The lecture's takes the text as it is: its acc counts the
+ending of the smallest summed loss, its acc_norm that of the smallest mean loss per token. The
+evaluation harness's names the activity first and cleans the text: its acc_norm divides the summed
+loss by the ending's characters. For OpenAI's 124M the header of build-nanogpt's hellaswag.py
+reports 0.2859 and 0.2955 the lecture's way, 0.2892 and 0.3114 the harness's.
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -57,6 +63,9 @@ def load(path: str | Path = PATH) -> list[dict]:
         raise SystemExit(f"no {path} ({error}): fetch {URL} by hand and put it there") from None
 
 
+OPTIONAL = ("activity_label", "ctx_a", "ctx_b")  # what only the harness's way reads
+
+
 def parse(data: bytes, source: str | Path) -> list[dict]:
     """Checked examples from JSON lines; SystemExit names `source` and the first bad line."""
     examples = []
@@ -67,6 +76,7 @@ def parse(data: bytes, source: str | Path) -> list[dict]:
             # without a context an ending's first token would have nothing to be predicted from
             good = isinstance(ctx, str) and ctx and type(label) is int and 0 <= label <= 3
             good = good and isinstance(endings, list) and [type(e) for e in endings] == [str] * 4
+            good = good and all(type(example.get(key, "")) is str for key in OPTIONAL)
         # not JSON, a key missing, not an object, lists in lists in lists
         except (ValueError, KeyError, TypeError, RecursionError):
             good = False
@@ -122,7 +132,7 @@ class Question(NamedTuple):
 
 
 def render(example: dict, encoding: tiktoken.Encoding) -> Question:
-    """An example as tokens; an ending's size is the number of its tokens."""
+    """The lecture's way: the plain context, and an ending's size is its number of tokens."""
     # encode_ordinary: a text that spells out <|endoftext|> is still text
     context = encoding.encode_ordinary(example["ctx"])
     # GPT-2's words carry the space on their left, so the two can be encoded apart
@@ -130,10 +140,41 @@ def render(example: dict, encoding: tiktoken.Encoding) -> Question:
     return Question(context, endings, [len(ending) for ending in endings], example["label"])
 
 
+def encode_pair(
+    encoding: tiktoken.Encoding, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    """As the harness does it: both are encoded together, and cut where the tokens of the context
+    alone would end; spaces at its end count as the continuation's."""
+    tokens = encoding.encode_ordinary(context.rstrip())
+    return tokens, encoding.encode_ordinary(context + continuation)[len(tokens) :]
+
+
+def render_harness(example: dict, encoding: tiktoken.Encoding) -> Question:
+    """The way of EleutherAI's lm-evaluation-harness, task hellaswag: the activity before the
+    context, WikiHow's marks taken out, and an ending's size is its number of characters."""
+
+    def clean(text: str) -> str:
+        text = text.strip().replace(" [title]", ". ")
+        return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+    ctx = example["ctx"]
+    if "ctx_a" in example and "ctx_b" in example:
+        ctx = f"{example['ctx_a']} {example['ctx_b'].capitalize()}"
+    ctx = clean(f"{example.get('activity_label', '')}: {ctx}")
+    choices = [clean(ending) for ending in example["endings"]]
+    pairs = [encode_pair(encoding, ctx, " " + choice) for choice in choices]
+    endings = [ending for _, ending in pairs]
+    return Question(pairs[0][0], endings, [len(c) for c in choices], example["label"])
+
+
+WAYS = {"lecture": render, "harness": render_harness}
+
+
 def prepare(
     examples: list[dict],
     encoding: tiktoken.Encoding,
     block_size: int,
+    render: Callable[[dict, tiktoken.Encoding], Question] = render,
 ) -> list[Question]:
     """The examples as tokens, the longest first: one batch then has rows of about one length, and
     a memory that is too small shows at once.
@@ -144,6 +185,8 @@ def prepare(
     questions = []
     for example in examples:
         question = render(example, encoding)
+        if not question.context:
+            raise SystemExit(f"{example['ctx']!r} leaves nothing before an ending: leave it out")
         longest = max(question.endings, key=len)
         room = block_size - len(longest)
         if room < 1:
@@ -214,7 +257,7 @@ class Counts(NamedTuple):
 
     num_total: int
     num_correct: int  # questions whose right ending has the least summed loss
-    num_correct_norm: int  # the least mean loss per token: long endings are not punished
+    num_correct_norm: int  # the least loss divided by size: long endings are not punished
 
     @property
     def acc(self) -> float:
@@ -225,12 +268,14 @@ class Counts(NamedTuple):
         return self.num_correct_norm / self.num_total
 
     def __str__(self) -> str:
-        # a share p of n independent examples has the standard error sqrt(p (1 - p) / n)
-        acc, norm = (
-            f"{p:.4f} (se {(p * (1 - p) / self.num_total) ** 0.5:.4f})"
-            for p in (self.acc, self.acc_norm)
-        )
-        return f"acc {acc} acc_norm {norm} on {self.num_total} examples"
+        shares = {"acc": self.acc, "acc_norm": self.acc_norm}
+        text = " ".join(f"{k} {with_error(p, self.num_total)}" for k, p in shares.items())
+        return f"{text} on {self.num_total:.0f} examples"
+
+
+def with_error(share: float, n: float) -> str:
+    """A share of n independent examples, and its standard error."""
+    return f"{share:.4f} (se {math.sqrt(share * (1 - share) / max(1, n - 1)):.4f})"
 
 
 def scores(
@@ -273,7 +318,7 @@ def evaluate(model, questions: list[Question], **how) -> Counts:
     num_total = num_correct = num_correct_norm = 0
     for question, sums in scores(model, questions, **how):
         pairs = zip(sums, question.sizes, strict=True)
-        means = [loss / size for loss, size in pairs]
+        means = [loss / size if size else math.inf for loss, size in pairs]
         num_total += 1
         num_correct += sums.index(min(sums)) == question.label
         num_correct_norm += means.index(min(means)) == question.label
@@ -288,7 +333,7 @@ def main(
     batch_size: int = 0,
     limit: int = 0,
 ) -> None:
-    """Score a model on HellaSwag's validation set.
+    """Score a model on HellaSwag's validation set, the lecture's way and the harness's.
 
     Args:
         model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run's folder or an exported folder.
@@ -308,9 +353,11 @@ def main(
     gpt = load_model(model).to(target)
     encoding = encoding_of(gpt.config.vocab_size)
     autocast = autocast_of(resolve_dtype(dtype, target), target)
-    questions = prepare(examples, encoding, gpt.config.block_size)
-    counts = evaluate(gpt, questions, batch_size=batch_size, progress=True, autocast=autocast)
-    print(f"{model}: {counts}")
+    size = gpt.config.block_size
+    asked = {way: prepare(examples, encoding, size, render) for way, render in WAYS.items()}
+    for way, questions in asked.items():
+        counts = evaluate(gpt, questions, batch_size=batch_size, progress=True, autocast=autocast)
+        print(f"{model}, HellaSwag as the {way} has it: {counts}")
 
 
 if __name__ == "__main__":

@@ -683,6 +683,13 @@ def check_config(config: Config):
         raise SystemExit(f"--n_embd {config.n_embd} does not divide into --n_head {config.n_head}")
 
 
+def questions_of(config: Config, encoding, way: str) -> list[hellaswag.Question]:
+    """HellaSwag's questions, or those that the data has about itself, rendered this way."""
+    own = Path(config.data_dir) / "hellaswag_val.jsonl"
+    examples = hellaswag.load(own if own.exists() else hellaswag.PATH)
+    return hellaswag.prepare(examples, encoding, config.block_size, hellaswag.WAYS[way])
+
+
 def prepare(config: Config, path: Path | None, checkpoint: dict | None):
     """All else that a run starts from: configuration, model (on the CPU), fingerprint of the data,
     windows, encoding, HellaSwag's questions. Whatever is wrong with them is said here, before the
@@ -705,9 +712,7 @@ def prepare(config: Config, path: Path | None, checkpoint: dict | None):
     if config.hellaswag_interval or config.sample_interval:
         encoding = encoding_of(config.vocab_size)
     if config.hellaswag_interval:
-        own = Path(config.data_dir) / "hellaswag_val.jsonl"  # questions about the corpus itself
-        examples = hellaswag.load(own if own.exists() else hellaswag.PATH)
-        questions = hellaswag.prepare(examples, encoding, config.block_size)
+        questions = questions_of(config, encoding, "lecture")
     return config, model, data, windows, encoding, questions
 
 

@@ -12,13 +12,14 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from plain import first_least, plain_scores, twins
 
 import hellaswag
 from fineweb import get_encoding
-from hellaswag import Counts, Question, evaluate, prepare, render, score
+from hellaswag import Counts, Question, evaluate, prepare, render, render_harness, score
 from train_gpt2 import GPT, Config
 
 ROOT = Path(hellaswag.__file__).parent
@@ -92,13 +93,68 @@ def test_the_lectures_way_by_hand():
 
 def test_text_that_spells_out_end_of_text_is_text():
     gpt2 = gpt2s()
-    example = EXAMPLE | {"ctx": "<|endoftext|> is"}
+    example = EXAMPLE | {"ctx": "<|endoftext|> is", "activity_label": "<|endoftext|>"}
     example["endings"] = ["<|endoftext|>", "text", "a mat", "up."]
-    context, endings, sizes, _ = render(example, gpt2)
-    assert gpt2.decode(context).endswith("<|endoftext|> is")
-    assert [gpt2.decode(e) for e in endings] == [" " + e for e in example["endings"]]
-    assert gpt2.eot_token not in {*context, *sum(endings, [])}
-    assert sizes[1:] == [1, 2, 2]  # " text", " a mat", " up."
+    for way in (render, render_harness):
+        context, endings, *_ = way(example, gpt2)
+        assert gpt2.decode(context).endswith("<|endoftext|> is")
+        assert [gpt2.decode(e) for e in endings] == [" " + e for e in example["endings"]]
+        assert gpt2.eot_token not in {*context, *sum(endings, [])}
+    assert render(example, gpt2).sizes[1:] == [1, 2, 2]  # " text", " a mat", " up."
+
+
+# activity_label, ctx_a, ctx_b -> the context, worked out by hand from the harness's hellaswag/
+# utils.py: "label: a B", stripped; " [title]" is a full stop; brackets go; "  " to " ", once
+CONTEXTS = [
+    (("Roofing", "A man is on a roof.", "he"), "Roofing: A man is on a roof. He"),
+    (("Roofing", "A man is on a roof.", ""), "Roofing: A man is on a roof."),
+    (("TV", "She waits.", "the CD of Bob"), "TV: She waits. The cd of bob"),
+    (("Food", "[header] How to eat [title] Sit.", ""), "Food: How to eat. Sit."),
+    (("Food", "How to eat [title] Sit   down.", "[step] now"), "Food: How to eat. Sit  down. now"),
+    (("Food", "[step] Chew [substeps] a [b] c", ""), "Food: Chew a c"),
+    ((" Food ", "Sit [now] ", " x"), "Food : Sit  x"),
+    (("A", "two\nlines [over\nthem]", "é"), "A: two\nlines [over\nthem] É"),
+]
+# an ending -> what is scored behind the context, with its space, and its characters without
+ENDINGS = [
+    ("eats.", " eats.", 5),
+    (" eats twice. ", " eats twice.", 11),
+    ("[step] Chew [title] Sit", "  Chew. Sit", 10),
+    ("a   b    c", " a  b  c", 7),
+    ("naïve [x] café", " naïve café", 10),
+    ("[title]", " ", 0),
+]
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+@pytest.mark.parametrize("parts, expected", CONTEXTS)
+def test_the_harnesss_contexts_by_hand(parts, expected, name):
+    encoding = gpt2s() if name == "gpt2" else BYTES
+    example = dict(zip(("activity_label", "ctx_a", "ctx_b"), parts, strict=True))
+    # the harness does not look at ctx
+    question = render_harness(EXAMPLE | example | {"ctx": "other"}, encoding)
+    assert question.context == encoding.encode_ordinary(expected)
+    assert encoding.decode(question.endings[1]) == " up." and question.label == 2
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_the_harnesss_endings_by_hand(name):
+    encoding = gpt2s() if name == "gpt2" else BYTES
+    for ending, expected, size in ENDINGS:
+        question = render_harness(EXAMPLE | {"endings": [ending, "b", "c", "d"]}, encoding)
+        assert encoding.decode(question.context) == ": The cat sat"  # no parts: ctx as it is
+        assert encoding.decode(question.endings[0]) == expected
+        assert question.sizes == [size, 1, 1, 1]
+
+
+def test_spaces_at_a_contexts_end_are_scored_with_the_ending():
+    gpt2 = gpt2s()
+    example = EXAMPLE | {"activity_label": "A", "ctx_a": "Sit [step]", "ctx_b": ""}
+    example["endings"] = ["up", "[x] up", "a", "b"]
+    context, endings, *_ = render_harness(example, gpt2)
+    assert gpt2.decode(context) == "A: Sit"
+    assert endings[0] == gpt2.encode_ordinary(" ") + gpt2.encode_ordinary(" up")
+    assert [gpt2.decode(e) for e in endings] == ["  up", "   up", "  a", "  b"]
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -174,6 +230,21 @@ def test_choices_are_those_of_one_example_at_a_time(two):
     assert 0 < expected[1] < 61 and 0 < expected[2] < 61 and expected[1] != expected[2]
 
 
+def test_the_harness_divides_by_characters(two):
+    model, other = two
+    rng = random.Random(0)
+    examples = []
+    for _ in range(60):  # Ω has two bytes
+        endings = ["".join(rng.choices("abΩ", k=rng.randint(5 + k, 14))) for k in range(4)]
+        rng.shuffle(endings)
+        examples.append({"ctx": ": a", "label": rng.randrange(4), "endings": endings})
+    questions = prepare([e | {"ctx": "a"} for e in examples], BYTES, 96, render_harness)
+    expected = plain_counts(other, examples, lambda endings: [*map(len, endings)])
+    assert evaluate(model, questions) == expected
+    for size in (lambda e: len(e.encode()), lambda e: len(e.encode()) + 1):  # bytes, tokens
+        assert expected != plain_counts(other, examples, lambda es, size=size: [*map(size, es)])
+
+
 def uniform():
     """A model that prefers nothing: every token costs ln 257 anywhere."""
     model = GPT(Config(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=257))
@@ -186,18 +257,33 @@ def test_a_model_that_prefers_nothing_by_formulas():
     model = uniform()
     sums = score(model, [render(EXAMPLE, BYTES)])
     assert sums[0] == pytest.approx([n * math.log(257) for n in (10, 4, 7, 4)])
-    endings = ["long one", "short", "longer yet", "shirt"]
+    endings = {"sum": ["long one", "short", "longer yet", "shirt"], "mean": ["é", "abc", "é", "d"]}
     for label in range(4):
         # the shortest has the least sum; at equal means, as at equal sums, the first is taken
-        example = {"ctx": "a", "label": label, "endings": endings}
+        example = {"ctx": "a", "label": label, "endings": endings["sum"]}
         counts = evaluate(model, prepare([example], BYTES, 64))
         assert counts == (1, label == 1, label == 0)
+        # é has two tokens in one character, and each ending its space: (4/3, 2/1, 3/1) ln 257
+        example["endings"] = endings["mean"]
+        counts = evaluate(model, prepare([example], BYTES, 64, render_harness))
+        assert counts == (1, label == 3, label == 1)
+        # nothing is left of an ending: its one token, the space, is the least, by no characters
+        example["endings"] = ["[a]", "b c", "d", "e"]
+        counts = evaluate(model, prepare([example], BYTES, 64, render_harness))
+        assert counts == (1, label == 0, label == 1)
+
+
+@pytest.mark.parametrize("n, right", [(10, 3), (10_042, 2871), (7, 7), (5, 0)])
+def test_standard_errors_are_those_of_a_sample(n, right):
+    values = [1] * right + [0] * (n - right)
+    expected = np.std(values, ddof=1) / math.sqrt(n)
+    assert hellaswag.with_error(right / n, n) == f"{right / n:.4f} (se {expected:.4f})"
 
 
 def test_counts_print_scores_with_errors():
     assert Counts(4, 1, 3).acc == 0.25 and Counts(4, 1, 3).acc_norm == 0.75
-    text = str(Counts(10, 3, 5))  # sqrt(0.3 · 0.7 / 10), sqrt(0.5 · 0.5 / 10)
-    assert text == "acc 0.3000 (se 0.1449) acc_norm 0.5000 (se 0.1581) on 10 examples"
+    text = str(Counts(10, 3, 5))  # sqrt(0.3 · 0.7 / 9), sqrt(0.5 · 0.5 / 9)
+    assert text == "acc 0.3000 (se 0.1528) acc_norm 0.5000 (se 0.1667) on 10 examples"
     assert str(Counts(1, 1, 0)).startswith("acc 1.0000 (se 0.0000)")
 
 
@@ -325,6 +411,7 @@ def test_choices_on_the_whole_validation_set(tmp_path, monkeypatch):
 
 WRONG = [{"label": 4}, {"label": -1}, {"label": "1"}, {"label": True}, {"ctx": ""}, {"ctx": None}]
 WRONG += [{"endings": endings} for endings in (["a", "b", "c"], "abcd", ["a", "b", "c", 4], None)]
+WRONG += [{"activity_label": 7}, {"ctx_a": None}, {"ctx_b": ["a"]}]
 LINES = [b"{", b"[]", b"7", b"\xff", b"", json.dumps({"ctx": "a", "label": 0}).encode()]
 LINES += [b"[" * 10**5, b"null"]
 
@@ -438,6 +525,11 @@ def test_the_command_line(tmp_path):
     done = run("--model", "model", "--file", "val.jsonl", "--batch_size", "2", "--limit", "5")
     assert done.returncode == 0, done.stderr
     lecture = Counts(*plain_counts(other, examples[:5]))
-    assert done.stdout == f"model: {lecture}\n"
+    examples = [e | {"ctx": f": {e['ctx']}"} for e in examples[:5]]
+    harness = Counts(*plain_counts(other, examples, lambda endings: [*map(len, endings)]))
+    assert done.stdout == (
+        f"model, HellaSwag as the lecture has it: {lecture}\n"
+        f"model, HellaSwag as the harness has it: {harness}\n"
+    )
     done = run("--model", "model", "--file", ".")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Is a directory" in done.stderr
