@@ -15,6 +15,7 @@ loss by the ending's characters. For OpenAI's 124M the header of build-nanogpt's
 reports 0.2859 and 0.2955 the lecture's way, 0.2892 and 0.3114 the harness's.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -36,6 +37,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 PATH = "hellaswag/hellaswag_val.jsonl"
 
 
@@ -43,7 +45,7 @@ def load(path: str | Path = PATH) -> list[dict]:
     """The examples in `path`, downloaded to there first where the file does not exist.
 
     Each has `ctx` (text), `endings` (four texts) and `label` (0 to 3, the right one). SystemExit
-    where the file cannot be had, or holds a line that is no such example.
+    where the file cannot be had, what comes is not the known one, or a line is no such example.
     """
     path = Path(path)
     try:
@@ -52,6 +54,11 @@ def load(path: str | Path = PATH) -> list[dict]:
         with urllib.request.urlopen(URL, timeout=60) as response:
             # read() in one go raises IncompleteRead when the connection breaks; pieces do not
             data = response.read()
+        if hashlib.sha256(data).hexdigest() != SHA256:
+            raise SystemExit(
+                f"{URL} gives another file than it should, of {len(data):,} bytes: fetch it by "
+                f"hand, and put it at {path} if you trust it"
+            )
         examples = parse(data, URL)
         path.parent.mkdir(parents=True, exist_ok=True)
         # the final name appears only on a whole file, whenever this process is stopped

@@ -686,7 +686,10 @@ def check_config(config: Config):
 def questions_of(config: Config, encoding, way: str) -> list[hellaswag.Question]:
     """HellaSwag's questions, or those that the data has about itself, rendered this way."""
     own = Path(config.data_dir) / "hellaswag_val.jsonl"
-    examples = hellaswag.load(own if own.exists() else hellaswag.PATH)
+    try:
+        examples = hellaswag.load(own if own.exists() else hellaswag.PATH)
+    except SystemExit as error:
+        raise SystemExit(f"{error}; or do without, --hellaswag_interval 0") from None
     return hellaswag.prepare(examples, encoding, config.block_size, hellaswag.WAYS[way])
 
 

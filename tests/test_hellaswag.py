@@ -1,5 +1,6 @@
 """hellaswag.py against transformers, formulas, and itself cut up differently. No network."""
 
+import hashlib
 import http.server
 import json
 import math
@@ -430,12 +431,15 @@ def test_an_empty_file_is_named(tmp_path):
         hellaswag.load(tmp_path / "val.jsonl")
 
 
-def test_load_downloads_once_and_only_whole_files(tmp_path, monkeypatch):
+def test_load_downloads_once_and_only_the_known_file(tmp_path, monkeypatch):
     body = (json.dumps(EXAMPLE) + "\n").encode() * 3
     served = {"/good": body, "/broken": body, "/page": b"<html>sign in first</html>"}
+    served |= {"/short": body[: len(body) // 3], "/other": body.replace(b"cat", b"dog")}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if self.path not in served:
+                return self.send_error(404)
             data = served[self.path]
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
@@ -447,20 +451,26 @@ def test_load_downloads_once_and_only_whole_files(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(body).hexdigest())
     path = tmp_path / "new" / "val.jsonl"
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        for name in ("/broken", "/page"):
+        for name in ("/broken", "/page", "/short", "/other", "/nothing"):
             monkeypatch.setattr(hellaswag, "URL", address + name)
-            with pytest.raises(SystemExit, match=address + name):
+            with pytest.raises(SystemExit, match=address + name) as error:
                 hellaswag.load(path)
+            assert "\n" not in str(error.value) and "by hand" in str(error.value)
             assert not path.parent.exists() or not list(path.parent.iterdir())
         monkeypatch.setattr(hellaswag, "URL", address + "/good")
         assert hellaswag.load(path) == [EXAMPLE] * 3
         server.shutdown()
     assert [file.name for file in path.parent.iterdir()] == ["val.jsonl"]
+    assert path.read_bytes() == body
     assert hellaswag.load(path) == [EXAMPLE] * 3  # the server is gone
+    # a file that is there already was put there by somebody: any examples will do
+    path.write_text(json.dumps(EXAMPLE))
+    assert hellaswag.load(path) == [EXAMPLE]
 
 
 def test_load_without_network(tmp_path, monkeypatch):
