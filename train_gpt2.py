@@ -159,6 +159,28 @@ PRESETS = {
 # ---- model ---------------------------------------------------------------------------------------
 
 
+class KVCache:
+    """Keys and values of the tokens so far: each is computed once, however long the text gets."""
+
+    def __init__(self, n_positions: int):
+        self.n_positions = n_positions
+        self.T = 0  # tokens so far
+        self.layers = {}  # an attention module -> its keys and values: (2, B, nh, n_positions, hs)
+
+    def extend(self, layer: nn.Module, k: torch.Tensor, v: torch.Tensor):
+        """Add a layer's k and v, each (B, nh, T, hs), of the tokens that follow; return all."""
+        B, nh, T, hs = k.shape
+        if layer not in self.layers:
+            self.layers[layer] = k.new_empty(2, B, nh, self.n_positions, hs)
+        kv, stop = self.layers[layer], self.T + T
+        kv[:, :, :, self.T : stop] = torch.stack((k, v))
+        return kv[:, :, :, :stop].unbind()
+
+    def repeat(self, n: int):
+        """Each row n times: texts that begin alike share that beginning's computation."""
+        self.layers = {layer: kv.repeat_interleave(n, dim=1) for layer, kv in self.layers.items()}
+
+
 class CausalSelfAttention(nn.Module):
     """Each position gathers from itself and those before it, n_head heads side by side."""
 
@@ -172,13 +194,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, mask=None) -> torch.Tensor:  # (B, T, C) to (B, T, C)
+    def forward(self, x: torch.Tensor, mask=None, cache=None):  # (B, T, C) to (B, T, C)
         B, T, C = x.shape
         heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)  # each (B, nh, T with those before, hs)
         # flash attention: the (T, T) weights are never written to memory (Dao et al. 2022)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        is_causal = mask is None and T > 1  # a lone query is the last one: it sees all keys
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads back side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -208,10 +233,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask=None) -> torch.Tensor:  # (B, T, C) to (B, T, C)
+    def forward(self, x: torch.Tensor, mask=None, cache=None):  # (B, T, C) to (B, T, C)
         # norms sit on the branches (GPT-2 paper, section 2.3): along the sum itself gradients
         # reach the first block unchanged
-        x = x + self.attn(self.ln_1(x), mask)
+        x = x + self.attn(self.ln_1(x), mask, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -251,21 +276,27 @@ class GPT(nn.Module):
             else:
                 p.normal_(std=0.01 if name.endswith("wpe.weight") else 0.02)
 
-    def hidden(self, idx, pos=None, mask=None) -> torch.Tensor:
+    def hidden(self, idx, pos=None, mask=None, cache=None) -> torch.Tensor:
         """idx (B, T) int64 to what the head reads, (B, T, C).
 
         pos (B, T), positions below block_size, and mask (B, 1, T, T) bool, which token sees which,
-        are for what is not one text a row."""
+        are for what is not one text a row. A cache takes texts in parts: the first of any length,
+        then a token at a time."""
         if pos is None:
-            T = idx.size(1)
+            start = cache.T if cache else 0
+            if start and idx.size(1) > 1:
+                raise ValueError("a cache takes one token at a time after the first ones")
+            T = start + idx.size(1)
             if T > self.config.block_size:
                 raise ValueError(f"{T} tokens, but only {self.config.block_size} positions")
-            pos = torch.arange(T, device=idx.device)
+            pos = torch.arange(start, T, device=idx.device)
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         pos_emb = self.transformer.wpe(pos)  # (T, C) or (B, T, C)
         x = self.transformer.drop(tok_emb + pos_emb)
         for block in self.transformer.h:
-            x = block(x, mask)
+            x = block(x, mask, cache)
+        if cache:
+            cache.T = T
         return self.transformer.ln_f(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -281,23 +312,33 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-        """Continue idx (B, T) to (B, T + max_new_tokens), drawing among the top_k likeliest tokens
-        (None: all) after dividing the logits by the temperature (0: always the likeliest)."""
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            logits = logits[:, -1, :].float()  # (B, vocab_size), after the last token
-            logits = logits.nan_to_num()  # a model that diverged: drawing from nan ends the program
-            if top_k is not None:
-                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            if temperature == 0:
-                next_token = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
-            else:
-                probs = F.softmax(logits / temperature, dim=-1)
-                next_token = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
-            idx = torch.cat((idx, next_token), dim=1)
-        return idx
+    def generate(self, idx, max_new_tokens, temperature=1.0, num_samples=1, **how) -> torch.Tensor:
+        """Continue each row of idx (B, T) num_samples times, to (B * num_samples, T and up to
+        max_new_tokens more). `stream` says how."""
+        texts = [idx.repeat_interleave(num_samples, dim=0)]
+        texts += self.stream(idx, max_new_tokens, temperature, num_samples, **how)
+        return torch.cat(texts, dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self, idx, max_new_tokens, temperature=1.0, num_samples=1, **how
+    ) -> Iterator[torch.Tensor]:
+        """Yield what continues idx (B, T), a token (B * num_samples, 1) at a time, drawn by `draw`.
+
+        Where no position is left a text goes on from its last half, computed anew: its tokens have
+        other positions then."""
+        n, cache = self.config.block_size, None
+        for i in range(max_new_tokens):
+            if cache is None or cache.T == n:
+                new = idx[:, -n:] if cache is None else idx[:, -max(1, n // 2) :]
+                cache = KVCache(min(n, new.size(1) + max_new_tokens))
+            logits = self.logits(self.hidden(new, cache=cache)[:, -1])  # (B, vocab_size)
+            if i == 0:
+                cache.repeat(num_samples)
+                idx, logits = (t.repeat_interleave(num_samples, dim=0) for t in (idx, logits))
+            new = draw(logits.float(), temperature, **how)  # (B * num_samples, 1)
+            yield new
+            idx = torch.cat((idx, new), dim=1)
 
     @classmethod
     def with_weights(cls, config: Config, weights: dict[str, torch.Tensor]) -> "GPT":
@@ -353,6 +394,21 @@ class GPT(nn.Module):
         # end-of-text, the last token, is what a document follows and ends with
         parts |= {"bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1}
         (folder / "config.json").write_text(json.dumps(GPT2 | parts, indent=2) + "\n")
+
+
+def draw(logits, temperature=1.0, top_k=0, generator=None) -> torch.Tensor:
+    """A token (B, 1) for each row of logits (B, V): divided by the temperature (0: always the
+    likeliest), among the top_k likeliest (0: all)."""
+    logits = logits.nan_to_num()  # a model that diverged: drawing from nan ends the program
+    if temperature < 1e-30:  # 0, or what float32 cannot divide by
+        return logits.argmax(dim=-1, keepdim=True)
+    # the largest becomes 0, so that no temperature can make it infinite
+    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = F.softmax(logits, dim=-1)
+    return torch.multinomial(probs, 1, generator=generator)
 
 
 # OpenAI's code keeps linear layers as (in, out), PyTorch as (out, in)
@@ -541,11 +597,10 @@ def validation_loss(
 def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> list[str]:
     """n continuations of the prompt by 32 tokens, each among the 50 likeliest; a seed, a text."""
     device = model.lm_head.weight.device
-    tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]
-    idx = torch.tensor(tokens, device=device).repeat(n, 1)  # (n, T)
+    idx = torch.tensor([encoding.encode_ordinary(prompt)], device=device)  # (1, T)
     generator = torch.Generator(device).manual_seed(seed)
     model.eval()
-    idx = model.generate(idx, max_new_tokens=32, top_k=50, generator=generator)  # (n, T + 32)
+    idx = model.generate(idx, 32, num_samples=n, top_k=50, generator=generator)  # (n, T + 32)
     model.train()
     return [encoding.decode([t for t in row if t < encoding.n_vocab]) for row in idx.tolist()]
 

@@ -6,6 +6,7 @@
     python tests/bench.py checkpoint   # what one costs the loop: written beside it, or in it
     python tests/bench.py fineweb      # tokenizing on every core, or as one would write it at first
     python tests/bench.py hellaswag    # the context once, or four rows and all logits
+    python tests/bench.py sampling     # with keys and values kept, or without
     python tests/bench.py shakespeare input.txt  # the preset, or nanoGPT's recipe for a CPU
 
 Each way is timed in turn, so that what else the machine does falls on all of them.
@@ -262,6 +263,24 @@ def plain_choices(model: GPT, examples: list[dict], encoding) -> list[tuple[int,
         means = sums / is_ending.sum(dim=1)
         choices.append((int(sums.argmin()), int(means.argmin())))
     return choices
+
+
+def bench_sampling(n_tokens: str = "512") -> None:
+    """New tokens from a network of 124M."""
+    model, prompt, n = GPT(Config()).eval(), torch.randint(50257, (1, 8)), int(n_tokens)
+
+    @torch.no_grad()
+    def without_cache(idx: torch.Tensor) -> None:
+        for _ in range(n):
+            logits = model.logits(model.hidden(idx)[:, -1])  # (1, V)
+            idx = torch.cat((idx, train_gpt2.draw(logits)), dim=1)
+
+    ways = {
+        "cached": lambda: clock(model.generate, prompt, n),
+        "cached, 5 samples": lambda: clock(model.generate, prompt, n, 1.0, 5),
+        "all tokens anew": lambda: clock(without_cache, prompt),
+    }
+    compare(f"{n} new tokens, 124M", "seconds", ways, rounds=3)
 
 
 def bench_shakespeare(path: str) -> None:
