@@ -79,7 +79,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict | None]:
     return None, None
 
 
-ABOUT_THE_START = ("preset", "init_from", "resume", "resume_anyway", "out_dir", "prompt")
+ABOUT_THE_START = ("preset", "init_from", "resume", "resume_anyway", "out_dir")
 
 
 def check_same_experiment(config, checkpoint: dict, data: str, network: tuple[str, ...]):

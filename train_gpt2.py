@@ -43,6 +43,7 @@ import demo
 import fineweb
 import hellaswag
 import runs
+from inference import Task, check_task, run_task
 
 # ---- hyperparameters: the part to tweak ----------------------------------------------------------
 
@@ -124,8 +125,6 @@ class Config:
     """continue though hyperparameters differ in which the losses would not be the run's"""
     out_dir: str = ""
     """the run's folder; empty: the next free log/PRESET-NNN"""
-    prompt: str = ""
-    """do not train: continue this text five times, with --init_from's weights or gpt2's"""
     timeout: float = 600.0
     """seconds a rank may stand still, as it does when another one hangs; 0: PyTorch's half hour"""
     wandb: bool = False
@@ -321,12 +320,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(
-        self, idx, max_new_tokens, temperature=1.0, num_samples=1, **how
+        self, idx, max_new_tokens, temperature=1.0, num_samples=1, stop_token=None, **how
     ) -> Iterator[torch.Tensor]:
         """Yield what continues idx (B, T), a token (B * num_samples, 1) at a time, drawn by `draw`.
 
-        Where no position is left a text goes on from its last half, computed anew: its tokens have
-        other positions then."""
+        A text that has met stop_token repeats it, until all have. Where no position is left a text
+        goes on from its last half, computed anew: its tokens have other positions then."""
         n, cache = self.config.block_size, None
         for i in range(max_new_tokens):
             if cache is None or cache.T == n:
@@ -336,8 +335,14 @@ class GPT(nn.Module):
             if i == 0:
                 cache.repeat(num_samples)
                 idx, logits = (t.repeat_interleave(num_samples, dim=0) for t in (idx, logits))
+                ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
             new = draw(logits.float(), temperature, **how)  # (B * num_samples, 1)
+            if stop_token is not None:
+                ended |= new == stop_token
+                new = new.masked_fill(ended, stop_token)
             yield new
+            if ended.all():
+                return
             idx = torch.cat((idx, new), dim=1)
 
     @classmethod
@@ -396,9 +401,10 @@ class GPT(nn.Module):
         (folder / "config.json").write_text(json.dumps(GPT2 | parts, indent=2) + "\n")
 
 
-def draw(logits, temperature=1.0, top_k=0, generator=None) -> torch.Tensor:
+def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
     """A token (B, 1) for each row of logits (B, V): divided by the temperature (0: always the
-    likeliest), among the top_k likeliest (0: all)."""
+    likeliest), among the top_k likeliest (0: all), and of these among the likeliest that together
+    have a probability of top_p."""
     logits = logits.nan_to_num()  # a model that diverged: drawing from nan ends the program
     if temperature < 1e-30:  # 0, or what float32 cannot divide by
         return logits.argmax(dim=-1, keepdim=True)
@@ -408,6 +414,11 @@ def draw(logits, temperature=1.0, top_k=0, generator=None) -> torch.Tensor:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
     probs = F.softmax(logits, dim=-1)
+    if top_p < 1.0:  # nucleus sampling (Holtzman et al. 2019)
+        p, order = probs.sort(dim=-1, descending=True)
+        enough = p.cumsum(dim=-1) - p >= top_p  # those before suffice
+        p[:, 1:] = p[:, 1:].masked_fill(enough[:, 1:], 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, order, p)
     return torch.multinomial(probs, 1, generator=generator)
 
 
@@ -686,7 +697,9 @@ def model_of(path: Path, checkpoint: dict, dropout: float) -> GPT:
     """A checkpoint's model, whose positions may be more than the windows it was trained on.
     SystemExit where hyperparameters, weights and moments are not those of a run of this script."""
     try:
-        config = Config(**checkpoint["config"])
+        config = checkpoint["config"]
+        config.pop("prompt", None)  # was among the hyperparameters once
+        config = Config(**config)
         check_config(config)
         n_positions = len(checkpoint["model"]["transformer.wpe.weight"])
         config = replace(config, block_size=n_positions, dropout=dropout)
@@ -774,19 +787,16 @@ def prepare(config: Config, path: Path | None, checkpoint: dict | None):
     return config, model, data, windows, encoding, questions
 
 
-def main(config: Config, signals: Iterable[signal.Signals] = ()):
-    """Train as the configuration says; one of the signals ends that after the step, with a
-    checkpoint. SystemExit, one line, for what its user can mend."""
+def main(config: Config, task: Task | None = None, signals: Iterable[signal.Signals] = ()):
+    """Train as the configuration says, or do what the task says instead; one of the signals ends
+    training after the step, with a checkpoint. SystemExit, one line, for what its user can mend."""
     check_config(config)
+    if task and check_task(task):
+        return run_task(config, task)
     rank = int(os.environ.get("RANK", 0))  # torchrun's variables
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = resolve_device(config.device, local_rank)
-    if config.prompt:
-        model = load_model(config.init_from or "gpt2").to(device)
-        encoding = encoding_of(model.config.vocab_size)
-        texts = sample_texts(model, encoding, config.prompt, config.seed, n=5)
-        return print0("\n".join(f"> {text}" for text in texts))
     dtype = resolve_dtype(config.dtype, device)
     autocast = autocast_of(dtype, device)
     B, T = resolve_micro_batch_size(config, device, world_size), config.block_size
@@ -1003,23 +1013,29 @@ def main(config: Config, signals: Iterable[signal.Signals] = ()):
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def parse_arguments(arguments: list[str]) -> Config:
-    """`[PRESET] [--field value]...` to a Config; without a preset, gpt2."""
+def parse_arguments(arguments: list[str]) -> tuple[Config, Task]:
+    """`[PRESET] [--field value]...` to what main takes; without a preset, gpt2."""
     name, flags = "gpt2", arguments
     if arguments and not arguments[0].startswith("-"):
         name, *flags = arguments
     if name not in PRESETS:
         raise SystemExit(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
-    default = replace(PRESETS[name], preset=name)
+    preset, training = replace(PRESETS[name], preset=name), Task()
+
+    def command(config: Config = preset, task: Task = training):
+        return config, task
+
     description = f"Train GPT-2. Presets, to give as the first word: {', '.join(PRESETS)}."
-    return tyro.cli(Config, args=flags, default=default, description=description,
-                    prog=f"train_gpt2.py {name}", use_underscores=True)  # fmt: skip
+    return tyro.cli(command, args=flags, description=description, prog=f"train_gpt2.py {name}",
+                    use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))  # fmt: skip
 
 
 if __name__ == "__main__":
+    if sys.stdout:  # None, if it was closed; samples may have characters that it cannot print
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Ctrl-C; and what clouds and schedulers send before they take a machine away
-        main(parse_arguments(sys.argv[1:]), (signal.SIGINT, signal.SIGTERM))
+        main(*parse_arguments(sys.argv[1:]), (signal.SIGINT, signal.SIGTERM))
     except KeyboardInterrupt:  # before the first step
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:

@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def demo(*flags):
-    main(parse_arguments(["demo", *SMALLER.split(), *flags]))
+    main(*parse_arguments(["demo", *SMALLER.split(), *flags]))
 
 
 def test_the_demo_makes_its_data_trains_draws_and_tells(capsys):

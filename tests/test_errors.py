@@ -16,6 +16,7 @@ import torch
 
 import fineweb
 import train_gpt2
+from inference import Task
 from train_gpt2 import GPT, Config, main, parse_arguments
 
 SCRIPT = Path(train_gpt2.__file__).resolve()
@@ -54,7 +55,7 @@ def error_of(**settings) -> str:
     changed no file and made none."""
     before = contents()
     with pytest.raises(SystemExit) as error:
-        main(parse_arguments(arguments(**settings)))
+        main(*parse_arguments(arguments(**settings)))
     assert isinstance(error.value.code, str) and len(error.value.code.splitlines()) == 1
     assert contents() == before
     return error.value.code
@@ -104,8 +105,8 @@ def test_unknown_flags_and_wrong_types_exit_with_status_2(flags, capsys):
 
 
 def test_no_preset_means_gpt2_and_flags_keep_their_underscores():
-    assert parse_arguments([]) == Config()
-    config = parse_arguments(["--max_steps", "3", "--no-compile", "--wandb"])
+    assert parse_arguments([]) == (Config(), Task())
+    config, _ = parse_arguments(["--max_steps", "3", "--no-compile", "--wandb"])
     assert (config.max_steps, config.compile, config.wandb) == (3, False, True)
 
 
@@ -259,12 +260,12 @@ def test_a_disk_without_room_for_a_checkpoint_is_found_at_the_start(monkeypatch,
     full = SimpleNamespace(free=9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(SystemExit, match="9 bytes free"):
-        main(parse_arguments(arguments(out_dir="mine", sample_interval=0)))
+        main(*parse_arguments(arguments(out_dir="mine", sample_interval=0)))
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    main(parse_arguments(arguments(out_dir="mine", sample_interval=0)))  # once there is room
+    main(*parse_arguments(arguments(out_dir="mine", sample_interval=0)))  # once there is room
 
 
 def test_out_dir_on_a_folder_of_a_run_is_refused():
-    main(parse_arguments(arguments(out_dir="mine", val_interval=0, sample_interval=0)))
+    main(*parse_arguments(arguments(out_dir="mine", val_interval=0, sample_interval=0)))
     assert "--resume auto" in error_of(out_dir="mine")

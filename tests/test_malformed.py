@@ -105,7 +105,7 @@ def run(command: str):
     """A command line, in this process."""
     script, *arguments = words_of(command)
     if script == "train_gpt2.py":
-        return train_gpt2.main(parse_arguments(arguments))
+        return train_gpt2.main(*parse_arguments(arguments))
     module = {"fineweb.py": fineweb, "hellaswag.py": hellaswag}[script]
     return tyro.cli(module.main, args=arguments, use_underscores=True)
 
@@ -734,7 +734,7 @@ def after_unfinished(what: str):
 
 
 def small_vocabulary():
-    config = parse_arguments(words_of("train --vocab_size 97")[1:])
+    config, _ = parse_arguments(words_of("train --vocab_size 97")[1:])
     GPT(config).save_pretrained("small")
 
 
@@ -909,7 +909,7 @@ def read_checkpoint():
         runs.load_checkpoint(Path(PT))
     except ValueError as error:
         assert len(str(error).splitlines()) == 1
-    config = parse_arguments(words_of("train")[1:])
+    config, _ = parse_arguments(words_of("train")[1:])
     train_gpt2.prepare(config, *runs.newest_checkpoint(Path("mine")))
 
 
@@ -1005,7 +1005,7 @@ def test_more_steps_than_fit_into_memory_can_be_asked_for(capfd):
 
 
 def test_tokens_beyond_the_encoding_are_left_out_of_samples():
-    model = GPT(parse_arguments(words_of("train --vocab_size 1000")[1:]))
+    model = GPT(parse_arguments(words_of("train --vocab_size 1000")[1:])[0])
     encoding = fineweb.get_encoding("bytes")  # 257 tokens
     texts = train_gpt2.sample_texts(model, encoding, "a", seed=0)
     assert all(text.startswith("a") for text in texts)

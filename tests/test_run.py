@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 import fineweb
 import train_gpt2
+from inference import Task
 from runs import (
     CheckpointWriter,
     RunLog,
@@ -224,7 +225,7 @@ def test_a_prompt_prints_five_continuations_and_trains_nothing(capsys):
     capsys.readouterr()
     texts = []
     for _ in range(2):
-        main(replace(TINY, prompt="the cat", init_from=str(folder)))
+        main(replace(TINY, init_from=str(folder)), Task(prompt=("the cat",)))
         texts.append(capsys.readouterr().out)
     assert texts[0].count("> the cat") == 5
     assert texts[0] == texts[1]  # seeded
@@ -258,6 +259,19 @@ def test_resume_equals_no_interruption_bit_for_bit(how):
     assert all(torch.equal(resumed["model"][name], w) for name, w in final.items())
     for i, moments in optimizer.items():
         assert all(torch.equal(resumed["optimizer"]["state"][i][k], m) for k, m in moments.items())
+
+
+def test_a_run_from_when_the_prompt_was_a_hyperparameter_goes_on():
+    folder = train()
+    lines = log_lines(folder)
+    interrupt(folder, step=4)
+    checkpoint = torch.load(folder / "step_000004.pt", weights_only=True)
+    checkpoint["config"]["prompt"] = ""
+    torch.save(checkpoint, folder / "step_000004.pt")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"prompt": ""}))
+    assert train(resume="auto") == folder
+    assert log_lines(folder) == lines
 
 
 def test_resume_auto_begins_anew_where_every_run_has_finished():

@@ -1,13 +1,25 @@
 """Sampling: the same seed, the same text; nothing that the distribution does not have; no key and
-no value computed twice."""
+no value computed twice; and a text on the screen as it is drawn."""
 
+import io
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
+import fineweb
 import train_gpt2
-from train_gpt2 import GPT, Config, KVCache
+from inference import Task, print_samples, read_prompt
+from train_gpt2 import GPT, Config, KVCache, main
+
+SCRIPT = Path(train_gpt2.__file__).resolve()
+EOT = 256  # of the bytes encoding
 
 
 def small_model(vocab_size=65):
@@ -88,8 +100,51 @@ def test_a_model_that_has_diverged_gives_babble_not_an_error():
     model = small_model()
     with torch.no_grad():
         model.lm_head.weight[0] = torch.nan
-    for options in ({}, {"top_k": 5}, {"temperature": 0.0}):
+    for options in ({}, {"top_k": 5}, {"temperature": 0.0}, {"top_p": 0.5}):
         assert draw(model, seed=1, **options).shape == (4, 21)
+
+
+@pytest.fixture
+def drawn_from(monkeypatch):
+    """The probabilities that train_gpt2.draw drew from, call by call."""
+    calls, multinomial = [], torch.multinomial
+
+    def watched(probs, *args, **settings):
+        calls.append(probs / probs.sum(dim=-1, keepdim=True))
+        return multinomial(probs, *args, **settings)
+
+    monkeypatch.setattr(torch, "multinomial", watched)
+    return calls
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 0.01])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 50, 1000])
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 3.0])
+def test_the_probabilities_are_transformers_probabilities(temperature, top_k, top_p, drawn_from):
+    logits = 3 * torch.randn(20, 500, generator=torch.Generator().manual_seed(0))
+    train_gpt2.draw(logits, temperature, top_k, top_p)
+    expected = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = transformers.TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1.0:
+        expected = transformers.TopPLogitsWarper(top_p)(None, expected)
+    [probs] = drawn_from
+    assert torch.equal(probs > 0, expected.softmax(dim=-1) > 0)  # among the same tokens
+    assert_close(probs, expected.softmax(dim=-1), atol=1e-6)
+
+
+def test_top_p_draws_among_the_likeliest_that_suffice():
+    logits = torch.tensor([[0.25, 0.125, 0.5, 0.125]]).log().repeat(2000, 1)
+    for top_p, suffice in ((0.5, {2}), (0.51, {0, 2}), (0.75, {0, 2}), (0.9, {0, 1, 2, 3})):
+        found = train_gpt2.draw(logits, top_p=top_p).unique()
+        # of two that are equally likely either one may be left out
+        assert suffice - {1, 3} <= set(found.tolist()) <= suffice
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-60, 1e-9])  # 1e-60 is 0 as a float32
+def test_with_a_tiny_top_p_the_likeliest_is_always_left(top_p):
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(train_gpt2.draw(logits, top_p=top_p), logits.argmax(dim=-1, keepdim=True))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e6, 1e38])
@@ -104,7 +159,7 @@ def test_ever_smaller_temperatures_are_greedy_however_large_the_logits(temperatu
 GREEDY, TINY = {"temperature": 0.0}, {"temperature": 1e-30}
 
 
-@pytest.mark.parametrize("options", [{}, GREEDY, TINY, {"top_k": 2}, {"top_k": 3}])
+@pytest.mark.parametrize("options", [{}, GREEDY, TINY, {"top_k": 2}, {"top_k": 3, "top_p": 0.1}])
 def test_logits_that_are_no_numbers_never_raise(options):
     kinds = [torch.nan, torch.inf, -torch.inf, 0.0, 3e38]
     logits = torch.tensor([*itertools.product(kinds, repeat=4)])  # (625, 4)
@@ -174,6 +229,37 @@ def test_more_tokens_than_positions_are_refused():
 # ---- generate ------------------------------------------------------------------------------------
 
 
+def test_greedy_texts_and_where_they_stop_are_transformers(tmp_path):
+    model, idx = sharp_model(block_size=32), tokens(4, 3)
+    model.save_pretrained(tmp_path)
+    other = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    whole = model.generate(idx, 20, temperature=0)
+    lengths = set()
+    for stop in whole[:, 3:].unique().tolist():  # each ends some text or other
+        theirs = other.generate(
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False,
+            eos_token_id=stop, pad_token_id=stop,
+        )  # fmt: skip
+        assert torch.equal(model.generate(idx, 20, temperature=0, stop_token=stop), theirs)
+        for row in idx.split(1):  # alone: here all texts have ended when one has
+            ours = model.generate(row, 20, temperature=0, stop_token=stop)
+            theirs = other.generate(
+                row, attention_mask=torch.ones_like(row), max_new_tokens=20, do_sample=False,
+                eos_token_id=stop, pad_token_id=stop,
+            )  # fmt: skip
+            assert torch.equal(ours, theirs)
+            lengths.add(ours.size(1))
+    assert min(lengths) < 10 and max(lengths) == 23
+
+
+def test_a_text_that_has_met_the_stop_token_repeats_it():
+    idx = draw(small_model(vocab_size=5), seed=1, n_rows=50, stop_token=3)
+    for row in idx[:, 1:].tolist():
+        if 3 in row:
+            assert set(row[row.index(3) :]) == {3}
+    assert (idx[:, -1] == 3).any() and (idx[:, 2] != 3).any()
+
+
 @pytest.mark.parametrize("n", [0, 1, 7, 30])
 def test_max_new_tokens_is_exact(n):
     idx = tokens(2, 5)
@@ -218,7 +304,185 @@ def test_between_two_tokens_gradients_are_the_callers_and_for_them_there_are_non
     assert needed == [False] * 3
 
 
+# ---- a text on the screen, as it is drawn --------------------------------------------------------
+
+
+class Scripted:
+    """A model that says these texts, a byte a token, side by side."""
+
+    config, lm_head = SimpleNamespace(block_size=64), SimpleNamespace(weight=torch.zeros(1))
+
+    def __init__(self, *texts: bytes | list[int]):
+        self.texts = texts
+
+    def stream(self, idx, max_new_tokens, temperature, num_samples, stop_token, **how):
+        assert num_samples == len(self.texts)
+        for new in itertools.zip_longest(*self.texts, fillvalue=stop_token):
+            yield torch.tensor(new)[:, None]
+
+
+def show(model, prompt="p"):
+    task = Task(num_samples=len(model.texts))
+    print_samples(model, fineweb.get_encoding("bytes"), prompt, task, None)
+
+
+def test_samples_are_printed_whole_and_in_order(capsys):
+    show(Scripted(b"abc", b"xyz", b"123"))
+    assert capsys.readouterr().out == "> pabc\n> pxyz\n> p123\n"
+
+
+def steps_of(texts, capsys):
+    """What is printed before the second token is drawn, before the third ... and at last."""
+    model, said = Scripted(*texts), []
+    columns = model.stream
+
+    def watched(*args, **how):
+        for new in columns(*args, **how):
+            yield new
+            said.append(capsys.readouterr().out)
+
+    model.stream = watched
+    show(model)
+    said[-1] += capsys.readouterr().out
+    return said
+
+
+def test_each_token_of_the_first_sample_is_printed_before_the_next_one_is_drawn(capsys):
+    assert steps_of([b"abcd", b"wxyz"], capsys) == ["> pa", "b", "c", "d\n> pwxyz\n"]
+
+
+def test_when_a_sample_has_ended_the_next_is_printed_from_where_it_is(capsys):
+    said = steps_of([b"ab", b"vwxyz", b"", b"12345"], capsys)
+    assert said == ["> pa", "b", "\n> pvwx", "y", "z\n> p\n> p12345\n"]
+
+
+def test_a_character_of_several_tokens_comes_out_whole(capsys):
+    text, other = "é🙂ßab", "🙂aé日"  # ten bytes each
+    said = steps_of([text.encode(), other.encode()], capsys)
+    assert said == ["> p", "é", "", "", "", "🙂", "", "ß", "a", f"b\n> p{other}\n"]
+
+
+def test_a_sample_stops_at_end_of_text_and_neither_that_nor_what_follows_is_printed(capsys):
+    show(Scripted([97, EOT, 98, 98], [EOT, 99, EOT, 99], [100, 101, 102, 103]))
+    assert capsys.readouterr().out == "> pa\n> p\n> pdefg\n"
+
+
+def test_bytes_that_are_no_text_and_tokens_of_no_encoding_do_no_harm(capsys):
+    show(Scripted([0xFF, 97, 300, 98]))
+    assert capsys.readouterr().out == "> p\ufffdab\n"
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of bytes."""
+    folder = tmp_path_factory.mktemp("model")
+    sharp_model(vocab_size=257, block_size=32).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def said(folder, capsys):
+    """A function: what the command prints, on standard output and on standard error."""
+
+    def said(*prompts, seed=1, **options):
+        options = {"num_samples": 2, "max_new_tokens": 12} | options
+        main(Config(init_from=folder, device="cpu", seed=seed), Task(prompt=prompts, **options))
+        return capsys.readouterr()
+
+    return said
+
+
+def test_each_prompt_has_its_samples_whatever_else_is_asked(said):
+    alone = [said(prompt).out for prompt in ("ab", "xyz ", "ab")]
+    assert said("ab", "xyz ", "ab").out == "".join(alone)
+    assert alone[0].startswith("> ab") and alone[0].count("> ab") == 2
+    assert alone[1].startswith("> xyz ") and alone[1].count("> xyz ") == 2
+
+
+def test_the_same_seed_has_the_same_samples_and_another_has_others(said):
+    assert said("ab").out == said("ab").out != said("ab", seed=2).out
+
+
+def test_at_temperature_0_all_samples_are_the_likeliest_text(said, folder):
+    model, idx = transformers.GPT2LMHeadModel.from_pretrained(folder), torch.tensor([[97, 98]])
+    for _ in range(12):
+        idx = torch.cat((idx, model(idx).logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+    text = bytes(idx[0].tolist()).decode(errors="replace")
+    assert said("ab", temperature=0.0, num_samples=3).out == f"> {text}\n" * 3
+
+
+def test_a_prompt_longer_than_the_context_is_cropped_and_that_is_said_once(said):
+    long = "a very long prompt, and then " + "abcdefgh" * 4
+    out, err = said(long, temperature=0.0)
+    assert err == f"the prompt has {len(long)} tokens: the last 32 are used\n"
+    assert out.replace(long, long[-32:]) == said(long[-32:], temperature=0.0).out
+    assert said(long[-32:]).err == ""
+
+
+def test_end_of_text_in_a_prompt_is_the_token(said, monkeypatch):
+    seen = []
+    monkeypatch.setattr(GPT, "stream", lambda model, idx, *args, **how: seen.append(idx) or ())
+    said("<|endoftext|>", "a<|endoftext|>é")
+    assert [idx.tolist() for idx in seen] == [[[256]], [[97, 256, 0xC3, 0xA9]]]
+
+
+def test_the_options_reach_the_draw(said, monkeypatch):
+    seen, real = [], train_gpt2.draw
+
+    def watched(logits, *args, **how):
+        seen.append((args, how["top_k"], how["top_p"]))
+        return real(logits, *args, **how)
+
+    monkeypatch.setattr(train_gpt2, "draw", watched)
+    said("ab", temperature=0.5, top_k=3, top_p=0.9)
+    assert seen == [((0.5,), 3, 0.9)] * 12
+
+
+@pytest.mark.parametrize("content", [b"ab", b"ab\n", b"a\n\nb\n\n", "é🙂".encode(), b"\xff"])
+def test_a_dash_reads_the_prompt_from_standard_input(content, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    text = content.decode(errors="replace")
+    assert read_prompt("-") == (text[:-1] if text.endswith("\n") else text)  # as $(cat) does
+
+
+def test_bytes_of_an_argument_that_are_no_text_do_no_harm():
+    assert read_prompt(os.fsdecode(b"a\xff\xc3\xa9")) == "a\ufffdé"
+
+
+def process(folder, *flags, **settings):
+    """The command in a process of its own, with pipes."""
+    line = [sys.executable, str(SCRIPT), "--device", "cpu", "--init_from", folder, *flags]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(line, **pipes | settings)
+
+
+def test_the_command_as_a_user_gives_it(folder, said):
+    flags = "--prompt - --prompt xyz --num_samples 2 --max_new_tokens 12 --seed 1"
+    out, err = process(folder, *flags.split()).communicate(b"hello\n", timeout=60)
+    assert (out.decode(), err) == (said("hello", "xyz").out, b"")
+
+
 ENDLESS = "--prompt ab --temperature 0 --max_new_tokens 100000000".split()
+
+
+def test_a_text_without_end_is_read_while_it_is_drawn(folder):
+    with process(folder, *ENDLESS) as running:
+        try:
+            assert running.stdout.read(200).startswith(b"> ab")
+            assert running.poll() is None
+        finally:
+            running.kill()
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_word(folder):
+    with process(folder, *ENDLESS) as running:  # | head -c 9
+        try:
+            running.stdout.read(9)
+            running.stdout.close()
+            running.wait(timeout=60)
+            assert running.stderr.read() == b""
+        finally:
+            running.kill()
