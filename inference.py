@@ -1,19 +1,27 @@
-"""What trained weights are for: to go on with a text.
+"""What trained weights are for: to go on with a text, and to be measured.
 
     python train_gpt2.py --prompt "Hello, I'm a language model," --init_from log/gpt2-001
+    python train_gpt2.py --eval_only --init_from log/gpt2-001
 
-This is train_gpt2.py's; here are its options and the functions behind them, which work on any of
-its models.
+These are train_gpt2.py's; here are their options and the functions behind them, which work on any
+of its models.
 """
 
 import codecs
+import math
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import tiktoken
 import torch
+import torch.distributed as dist
 import tyro
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import hellaswag
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,20 @@ class Task:
     """draw among so many of the likeliest tokens; 0: all"""
     top_p: float = 1.0
     """draw among the likeliest tokens that together have this probability"""
+    eval_only: bool = False
+    """print validation loss, bits per byte, next-token accuracy, and HellaSwag's scores"""
 
 
-def check_task(task: Task) -> bool:
-    """Whether there is something to do but to train. SystemExit if the options make no sense."""
+TASKS = ("prompt", "eval_only")
+
+
+def check_task(task: Task) -> str:
+    """The name of what is to do; empty: train. SystemExit if the options make no sense."""
     given = {f.name for f in fields(task) if getattr(task, f.name) != f.default}
-    for name in sorted(given):
+    wanted = [name for name in TASKS if name in given]
+    if len(wanted) > 1:
+        raise SystemExit(f"{' and '.join(f'--{name}' for name in wanted)}: give one of them")
+    for name in sorted(given - {*TASKS}):
         if "prompt" not in given:
             raise SystemExit(f"--{name} goes with --prompt: give both, or none")
     bounds = {"num_samples": (1, 10**6), "max_new_tokens": (1, 10**9), "top_k": (0, 10**9)}
@@ -45,13 +61,15 @@ def check_task(task: Task) -> bool:
     for name, (least, most) in bounds.items():
         if not least <= getattr(task, name) <= most:  # nan neither
             raise SystemExit(f"--{name} {getattr(task, name)}: give {least} to {most}")
-    return bool(task.prompt)
+    return wanted[0] if wanted else ""
 
 
-def run_task(config, task: Task):
-    """Do it, on the first of torchrun's ranks."""
+def run_task(what: str, config, task: Task):
+    """Do it. torchrun's ranks share an evaluation; of anything else the first one does all."""
     import train_gpt2 as trainer  # here, not above: it imports this module
 
+    if what == "eval_only":
+        return measure(config)
     if int(os.environ.get("RANK", 0)) > 0:
         return
     prompts = [read_prompt(prompt) for prompt in task.prompt]
@@ -109,3 +127,112 @@ def print_samples(model, encoding: tiktoken.Encoding, prompt: str, task: Task, g
             print("\n" + waiting[current], end="", flush=True)
             waiting[current] = ""
     print("".join("\n" + text for text in waiting[current + 1 :]))
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+class TokenSums(NamedTuple):
+    """Sums over the predicted tokens of a text, to add up over ranks before dividing."""
+
+    tokens: float
+    nats: float  # of cross-entropy
+    hits: float  # tokens that were the likeliest
+    text_nats: float  # without end-of-text, which is no part of the text
+    text_bytes: float
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def accuracy(self) -> float:
+        return self.hits / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """What an ideal compressor would make of the text: comparable between vocabularies."""
+        return self.text_nats / math.log(2) / self.text_bytes
+
+    def __str__(self) -> str:
+        text = f"loss {self.loss:.4f} next-token accuracy {self.accuracy:.4f}"
+        text += f" bits per byte {self.bits_per_byte:.4f}" if self.text_bytes else ""
+        return f"{text} on {self.tokens:,.0f} tokens"
+
+
+@torch.no_grad()
+def sum_over_tokens(model, batches, token_bytes: torch.Tensor, autocast) -> TokenSums:
+    """Predict the targets y of batches (x, y), both (B, T). token_bytes (vocab_size,): the bytes of
+    text that each token stands for."""
+    sums = torch.zeros(5, dtype=torch.float64)
+    for x, y in batches:
+        device, targets = model.lm_head.weight.device, y.flatten()  # (B * T,)
+        with autocast:
+            logits = model(x.to(device))[0].flatten(0, 1).float()  # (B * T, V)
+        losses = F.cross_entropy(logits, targets.to(device), reduction="none").cpu().double()
+        hits = logits.argmax(dim=-1).cpu() == targets
+        n_bytes = token_bytes[targets]
+        text_nats = losses[n_bytes > 0].sum()
+        parts = len(targets), losses.sum(), hits.sum(), text_nats, n_bytes.sum()
+        sums += torch.tensor(parts, dtype=torch.float64)
+    return TokenSums(*sums.tolist())
+
+
+def bytes_of_tokens(encoding: tiktoken.Encoding | None, vocab_size: int) -> torch.Tensor:
+    """(vocab_size,) int64: the bytes that each token stands for; end-of-text and what pads the
+    vocabulary stand for none, and nor does anything without an encoding."""
+    n_bytes = torch.zeros(vocab_size, dtype=torch.int64)
+    for token in range(encoding.eot_token if encoding else 0):  # the last one of both encodings
+        n_bytes[token] = len(encoding.decode_single_token_bytes(token))
+    return n_bytes
+
+
+def measure(config):
+    """Print how good --init_from's weights are on the validation split and on HellaSwag, where
+    these are not switched off."""
+    import train_gpt2 as trainer
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = trainer.resolve_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    trainer.start_ranks(world_size, device, config.timeout)
+    if rank > 0:
+        dist.barrier()  # the first one fetches what is missing, and says what is wrong
+    config = replace(config, init_from=config.init_from or "gpt2")
+    model = trainer.load_model(config.init_from).eval().to(device)
+    config = trainer.network_of(model, config)
+    T = min(config.block_size, model.config.block_size)
+    config = replace(config, block_size=T)
+    windows = ()
+    if config.val_interval:
+        windows = trainer.Windows(config.data_dir, "val", T, config.vocab_size)
+    try:
+        encoding = trainer.encoding_of(config.vocab_size)
+    except SystemExit:
+        if config.hellaswag_interval:
+            raise
+        encoding = None  # a loss can be had without
+    ways = hellaswag.WAYS if config.hellaswag_interval else ()
+    questions = {way: trainer.questions_of(config, encoding, way) for way in ways}
+    if rank == 0 and world_size > 1:
+        dist.barrier()
+
+    autocast = trainer.autocast_of(trainer.resolve_dtype(config.dtype, device), device)
+    how = {"rank": rank, "world_size": world_size, "progress": rank == 0, "autocast": autocast}
+    trainer.print0(f"{config.init_from}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    if windows:
+        B = config.micro_batch_size or trainer.usual_micro_batch_size(device)
+        mine = range(rank, trainer.val_windows(windows, config), world_size)
+        starts = tqdm(range(0, len(mine), B), unit="batch", disable=rank > 0, leave=False)
+        batches = (windows.stack(mine[i : i + B]) for i in starts)
+        n_bytes = bytes_of_tokens(encoding, config.vocab_size)
+        sums = sum_over_tokens(model, batches, n_bytes, autocast)
+        trainer.print0(
+            f"  {config.data_dir}: {TokenSums(*trainer.sum_over_ranks(*sums, device=device))}"
+        )
+    for way in questions:
+        counts = hellaswag.evaluate(model, questions[way], **how)
+        counts = hellaswag.Counts(*trainer.sum_over_ranks(*counts, device=device))
+        trainer.print0(f"  HellaSwag as the {way} has it: {counts}")
+    if world_size > 1:
+        dist.destroy_process_group()

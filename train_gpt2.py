@@ -8,6 +8,7 @@
         train_gpt2.py gpt2
     python train_gpt2.py gpt2 --resume auto  # the newest run that did not finish, else a new one
     python train_gpt2.py gpt2 --prompt "Hello, I'm a language model," --init_from log/gpt2-001
+    python train_gpt2.py gpt2 --eval_only --init_from log/gpt2-001
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
@@ -577,6 +578,11 @@ def sum_over_ranks(*values: float, device: torch.device) -> list[float]:
     return totals.tolist()
 
 
+def val_windows(windows: Windows, config: Config) -> int:
+    """How many windows have the split's first val_tokens tokens."""
+    return max(1, min(config.val_tokens // config.block_size, len(windows)))
+
+
 @torch.no_grad()
 def validation_loss(
     model,
@@ -590,7 +596,7 @@ def validation_loss(
     """Mean cross-entropy in nats of the split's first val_tokens tokens; ranks share them out.
     `stop` is asked before each batch, and may end the evaluation early."""
     device, B = raw_model.lm_head.weight.device, config.micro_batch_size
-    n_windows = max(1, min(config.val_tokens // config.block_size, len(windows)))
+    n_windows = val_windows(windows, config)
     mine = range(rank, n_windows, world_size)
     total = 0.0
     raw_model.eval()
@@ -660,15 +666,35 @@ def resolve_micro_batch_size(config: Config, device: torch.device, world_size: i
             f"--micro_batch_size {config.micro_batch_size} does not divide the {sequences} "
             "sequences of a rank's step: give one that does"
         )
-    largest = 4
-    if device.type == "cuda":
-        largest = 64 if torch.cuda.get_device_properties(device).total_memory > 75e9 else 16
-    return config.micro_batch_size or math.gcd(sequences, largest)
+    return config.micro_batch_size or math.gcd(sequences, usual_micro_batch_size(device))
+
+
+def usual_micro_batch_size(device: torch.device) -> int:
+    """Sequences of 1,024 tokens that a forward and backward pass of GPT-2 124M has room for."""
+    if device.type != "cuda":
+        return 4
+    return 64 if torch.cuda.get_device_properties(device).total_memory > 75e9 else 16
 
 
 def autocast_of(dtype: torch.dtype, device: torch.device):
     """The context in which matrix products have this dtype."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def start_ranks(world_size: int, device: torch.device, timeout: float):
+    """Ready the GPU, and let torchrun's processes meet."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves float32
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        # torchrun's own store still has the addresses of the ranks before a restart (PyTorch's
+        # issue 135712): meet in a new one, a port further
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # longer than the watchdog waits, and than rank 0 takes to prepare
+        dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, 2 * timeout)))
 
 
 # dense rates of bfloat16 products (V100 and T4: float16) in FLOP/s, from the vendors' data sheets
@@ -751,6 +777,11 @@ def check_config(config: Config):
         raise SystemExit(f"--n_embd {config.n_embd} does not divide into --n_head {config.n_head}")
 
 
+def network_of(model: GPT, config: Config) -> Config:
+    """The configuration with the model's network."""
+    return replace(config, **{name: getattr(model.config, name) for name in NETWORK})
+
+
 def questions_of(config: Config, encoding, way: str) -> list[hellaswag.Question]:
     """HellaSwag's questions, or those that the data has about itself, rendered this way."""
     own = Path(config.data_dir) / "hellaswag_val.jsonl"
@@ -772,7 +803,7 @@ def prepare(config: Config, path: Path | None, checkpoint: dict | None):
     else:
         model = load_model(config.init_from, config.dropout) if config.init_from else GPT(config)
     if config.init_from:  # the network is that of the weights, whatever the preset's
-        config = replace(config, **{name: getattr(model.config, name) for name in NETWORK})
+        config = network_of(model, config)
     n_positions = model.config.block_size
     if config.block_size > n_positions:
         raise SystemExit(f"--block_size {config.block_size} is beyond {n_positions} positions")
@@ -791,8 +822,8 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
     """Train as the configuration says, or do what the task says instead; one of the signals ends
     training after the step, with a checkpoint. SystemExit, one line, for what its user can mend."""
     check_config(config)
-    if task and check_task(task):
-        return run_task(config, task)
+    if task and (what := check_task(task)):
+        return run_task(what, config, task)
     rank = int(os.environ.get("RANK", 0))  # torchrun's variables
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -802,18 +833,7 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
     B, T = resolve_micro_batch_size(config, device, world_size), config.block_size
     config = replace(config, micro_batch_size=B)
     grad_accum_steps = config.total_batch_size // (B * T * world_size)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves float32
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        # torchrun's own store still has the addresses of the ranks before a restart (PyTorch's
-        # issue 135712): meet in a new one, a port further
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # longer than the watchdog waits, and than rank 0 takes to prepare
-        dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, 2 * config.timeout)))
+    start_ranks(world_size, device, config.timeout)
 
     # rank 0 goes first: it fetches what is missing, and says once what is wrong
     paths = [None, None]  # of the run's folder, and of the checkpoint to go on from

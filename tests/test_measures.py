@@ -1,0 +1,247 @@
+"""--eval_only and what it prints, against transformers and formulas."""
+
+import json
+import math
+import random
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from plain import twins
+
+import fineweb
+import hellaswag
+import train_gpt2
+from fineweb import get_encoding
+from inference import (
+    TokenSums,
+    bytes_of_tokens,
+    sum_over_tokens,
+)
+from train_gpt2 import Config, Windows, main, parse_arguments, val_windows, validation_loss
+
+SCRIPT = Path(train_gpt2.__file__).resolve()
+BYTES = get_encoding("bytes")
+TEXT = "The café sold 7 naïve Ωs – and 🙂 smiled; the naïve café smiled."
+WORDS = [*TEXT.split(), "the", "of", "a", "Zürich", "日本"]
+
+
+def gpt2s():
+    """GPT-2's encoding, where it is to be had."""
+    try:
+        return get_encoding("gpt2")
+    except SystemExit as error:
+        pytest.skip(str(error))
+
+
+def some_text(n_words, seed) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=n_words))
+
+
+def write_lines(path, records):
+    Path(path).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+# ---- LAMBADA -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The same weights in this project's model and in transformers'."""
+    return twins(tmp_path_factory.mktemp("hf"))
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, vocab_size", [("bytes", 257), ("gpt2", 50257), ("gpt2", 50304)])
+def test_the_bytes_of_tokens_are_those_of_their_text(name, vocab_size):
+    encoding = gpt2s() if name == "gpt2" else BYTES
+    n_bytes = bytes_of_tokens(encoding, vocab_size)
+    assert n_bytes.shape == (vocab_size,) and n_bytes.dtype == torch.int64
+    for text in (TEXT, some_text(200, seed=1), "".join(map(chr, range(3000))), " \n\t  \r\n"):
+        tokens = encoding.encode_ordinary(text)
+        assert n_bytes[tokens].sum() == len(text.encode())
+        assert n_bytes[tokens].min() > 0
+    pieces = encoding.encode_ordinary("🙂")  # none of them is a text by itself
+    assert len(pieces) > 1 and n_bytes[pieces].sum() == 4
+    assert (n_bytes == 0).nonzero().flatten().tolist() == [*range(encoding.eot_token, vocab_size)]
+
+
+def test_without_an_encoding_no_token_stands_for_bytes():
+    assert bytes_of_tokens(None, 97).tolist() == [0] * 97
+
+
+CONFIG = Config(block_size=16, vocab_size=257, val_tokens=16 * 21, micro_batch_size=4)
+
+
+def sums_of(model, windows, n_bytes, indices, B=4):
+    batches = (windows.stack(indices[i : i + B]) for i in range(0, len(indices), B))
+    return sum_over_tokens(model, batches, n_bytes, nullcontext())
+
+
+@pytest.mark.parametrize("name, vocab_size", [("bytes", 257), ("gpt2", 50257)])
+def test_sums_over_tokens_are_those_of_transformers_and_of_the_text(tmp_path, name, vocab_size):
+    encoding = gpt2s() if name == "gpt2" else BYTES
+    model, other = twins(tmp_path / "hf", block_size=16, vocab_size=vocab_size, n_embd=16)
+    documents = [some_text(12, seed=i) for i in range(250)]
+    fineweb.write_shards(documents, tmp_path / "data", name, val_tokens=1000, workers=1)
+    windows = Windows(tmp_path / "data", "val", 16, vocab_size)
+    sums = sums_of(model, windows, bytes_of_tokens(encoding, vocab_size), range(21))
+
+    (path,) = (tmp_path / "data").glob("*val*.npy")
+    tokens = np.load(path)[: 16 * 21 + 1].astype(np.int64)  # the first 21 windows, and one more
+    x, y = tokens[:-1].reshape(21, 16), tokens[1:].reshape(21, 16)
+    with torch.no_grad():
+        logits = other(torch.from_numpy(x)).logits.double().numpy()
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))  # logits are small
+    nats = -np.take_along_axis(log_probs, y[..., None], axis=-1)[..., 0]
+    assert sums.tokens == 21 * 16 and sums.loss == pytest.approx(nats.mean(), rel=1e-6)
+    assert sums.hits == (logits.argmax(-1) == y).sum()
+    assert sums.accuracy == (logits.argmax(-1) == y).mean()
+    is_text = y != encoding.eot_token
+    assert 0 < (~is_text).sum() < 30
+    # what lies between the ends of texts, its first and last characters in pieces maybe
+    text = b"".join(encoding.decode_bytes([t]) for t in y[is_text].tolist())
+    bits = nats[is_text].sum() / math.log(2)
+    assert sums.bits_per_byte == pytest.approx(bits / len(text), rel=1e-6)
+    assert val_windows(windows, CONFIG) == 21
+    expected = validation_loss(model, model, windows, CONFIG)
+    assert sums.loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_accuracy_is_the_share_of_likeliest_tokens(two):
+    model, other = two
+    x = torch.randint(257, (6, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = torch.from_numpy(other(x).logits.numpy().argmax(-1))
+    y[:, 20:] = (y[:, 20:] + 1) % 257
+    sums = sum_over_tokens(model, [(x[:4], y[:4]), (x[4:], y[4:])], torch.ones(257), nullcontext())
+    assert (sums.hits, sums.tokens, sums.accuracy) == (120, 300, 0.4)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 30])
+def test_ranks_token_sums_add_up_to_the_whole(tmp_path, two, world_size):
+    documents = [some_text(12, seed=i) for i in range(60)]
+    fineweb.write_shards(documents, tmp_path, "bytes", val_tokens=1000, workers=1)
+    windows, n_bytes = Windows(tmp_path, "val", 16, 257), bytes_of_tokens(BYTES, 257)
+    whole = sums_of(two[0], windows, n_bytes, range(21), B=21)
+    parts = [
+        sums_of(two[0], windows, n_bytes, range(rank, 21, world_size)) for rank in range(world_size)
+    ]
+    total = [sum(column) for column in zip(*parts, strict=True)]
+    assert total == pytest.approx(whole, rel=1e-6)
+
+
+def test_token_sums_print_what_there_is():
+    # 3 nats a token; 2 bits a byte
+    sums = TokenSums(2000, 6000, 500, 8 * math.log(2), 4)
+    assert str(sums) == (
+        "loss 3.0000 next-token accuracy 0.2500 bits per byte 2.0000 on 2,000 tokens"
+    )
+    sums = TokenSums(2000, 6000, 500, 0, 0)  # of a vocabulary without an encoding
+    assert str(sums) == "loss 3.0000 next-token accuracy 0.2500 on 2,000 tokens"
+
+
+# ---- --eval_only ---------------------------------------------------------------------------------
+
+FLAGS = {
+    "n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": 257,
+    "total_batch_size": 512, "micro_batch_size": 4, "max_steps": 6, "data_dir": "data",
+    "device": "cpu", "dtype": "float32", "val_interval": 2, "val_tokens": 1300,
+    "hellaswag_interval": 3, "sample_interval": 0, "checkpoint_interval": 6, "lr": 1e-2,
+}  # fmt: skip
+
+
+def arguments(*more, **settings) -> list[str]:
+    flags = FLAGS | settings
+    return ["shakespeare_char", *(a for k, v in flags.items() for a in (f"--{k}", str(v))), *more]
+
+
+def said(capsys, *more, **settings) -> list[str]:
+    """The lines that train_gpt2.py prints with these flags."""
+    capsys.readouterr()
+    main(*parse_arguments(arguments(*more, **settings)))
+    return capsys.readouterr().out.splitlines()
+
+
+def error_of(capsys, *more, **settings) -> str:
+    """The one line that it ends with instead, before it has computed, printed or left anything."""
+    before = sorted(Path().rglob("*"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        main(*parse_arguments(arguments(*more, **settings)))
+    assert isinstance(error.value.code, str) and len(error.value.code.splitlines()) == 1
+    assert capsys.readouterr().out == "" and sorted(Path().rglob("*")) == before
+    return error.value.code
+
+
+QUESTIONS = "data/hellaswag_val.jsonl"
+EVALUATE = ("--eval_only", "--init_from", "run")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with shards and questions in data/, and a run of FLAGS in run/."""
+    folder = tmp_path_factory.mktemp("workshop")
+    documents = [some_text(12, seed=i) for i in range(200)]
+    fineweb.write_shards(documents, folder / "data", "bytes", val_tokens=2000, workers=1)
+    examples = []
+    for i in range(30):
+        rng = random.Random(i)
+        endings = [some_text(1 + k, seed=4 * i + k) for k in range(4)]
+        rng.shuffle(endings)
+        example = {"ctx": some_text(3, seed=i), "endings": endings, "label": rng.randrange(4)}
+        examples.append(example | {"activity_label": "Mats"})
+    write_lines(folder / QUESTIONS, examples)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        main(*parse_arguments(arguments(out_dir="run")))
+    return folder
+
+
+@pytest.fixture
+def inside(workshop, monkeypatch):
+    """In that folder, and without network."""
+    monkeypatch.chdir(workshop)
+    for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+
+
+@pytest.fixture
+def alone(workshop, tmp_path, monkeypatch, inside):
+    """In an empty folder, and without network."""
+    monkeypatch.chdir(tmp_path)
+
+
+NUMBER = r"(\d+\.\d+)"
+
+
+def test_without_network_hellaswag_is_missed_before_anything_is_computed(
+    alone, workshop, capsys, monkeypatch
+):
+    fineweb.write_shards([TEXT] * 50, "data", "bytes", val_tokens=1300, workers=1)
+    for split in ("train", "val"):  # leaves verified.json, so that no run here has to make it
+        fineweb.open_shards("data", split, 257)
+    forward = []
+    monkeypatch.setattr(train_gpt2.GPT, "hidden", lambda *_: forward.append(1))
+    for more in (("--eval_only", "--init_from", str(workshop / "run")), ()):  # and for a training
+        error = error_of(capsys, *more)
+        assert str(hellaswag.PATH) in error and "by hand" in error
+        assert "--hellaswag_interval 0" in error
+    assert not forward
+
+
+@pytest.mark.parametrize("more", [(), EVALUATE])
+def test_an_ending_longer_than_the_positions_is_said_at_the_start(inside, capsys, more, tmp_path):
+    example = {"ctx": "Once", "endings": ["a", "b", "c", "far too long " * 5], "label": 0}
+    before = Path(QUESTIONS).read_text()
+    try:
+        write_lines(QUESTIONS, [json.loads(before.splitlines()[0]), example])
+        error = error_of(capsys, *more, hellaswag_interval=3, out_dir=tmp_path / "new")
+    finally:
+        Path(QUESTIONS).write_text(before)
+    assert "block_size 64 has no room" in error and "far too long" in error
+    assert not list(tmp_path.iterdir())
