@@ -245,18 +245,20 @@ def lay_out(questions: list[Question]) -> Batch:
 
 
 @torch.no_grad()
-def score(model, questions: list[Question]) -> list[list[float]]:
-    """For each question, of each ending, the summed cross-entropy in nats. `model` is a bare GPT,
-    since shapes change."""
+def score(model, questions: list[Question]) -> tuple[list[list[float]], list[list[bool]]]:
+    """For each question, of each ending: the summed cross-entropy in nats, and whether every token
+    of it was the likeliest. `model` is a bare GPT, since shapes change."""
     device = model.lm_head.weight.device
     tokens, pos, mask, before, targets = (part.to(device) for part in lay_out(questions))
     x = model.hidden(tokens, pos, mask)  # (B, N, C)
     row, column = before  # (S,) each
     logits = model.logits(x[row, column]).float()  # (S, V): of the scored positions alone
     losses = F.cross_entropy(logits, targets, reduction="none")  # (S,)
+    hits = logits.argmax(dim=-1) == targets  # (S,)
     # added up by Python, in float64: in one order, whatever computed them
-    losses = iter(losses.tolist())
-    return [[sum(islice(losses, len(e))) for e in q.endings] for q in questions]
+    losses, hits = iter(losses.tolist()), iter(hits.tolist())
+    sums = [[sum(islice(losses, len(e))) for e in q.endings] for q in questions]
+    return sums, [[all([*islice(hits, len(e))]) for e in q.endings] for q in questions]
 
 
 class Counts(NamedTuple):
@@ -294,7 +296,7 @@ def scores(
     progress: bool = False,
     autocast: AbstractContextManager | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[Question, list[float]]]:
+) -> Iterator[tuple[Question, list[float], list[bool]]]:
     """This rank's share of what `prepare` returned, each question with what `score` says of it.
     They are scored batch_size at a time; 0: 64 on a GPU, and 16 on a CPU, where more are slower.
 
@@ -313,7 +315,7 @@ def scores(
             batch = mine[start : start + batch_size]
             with autocast or nullcontext():
                 results = score(model, batch)
-            yield from zip(batch, results, strict=True)
+            yield from zip(batch, *results, strict=True)
             bar.update(len(batch))
     finally:
         bar.close()
@@ -323,7 +325,7 @@ def scores(
 def evaluate(model, questions: list[Question], **how) -> Counts:
     """Count the right endings; `how` as `scores` has it."""
     num_total = num_correct = num_correct_norm = 0
-    for question, sums in scores(model, questions, **how):
+    for question, sums, _ in scores(model, questions, **how):
         pairs = zip(sums, question.sizes, strict=True)
         means = [loss / size if size else math.inf for loss, size in pairs]
         num_total += 1

@@ -1,19 +1,22 @@
 """What trained weights are for: to go on with a text, and to be measured.
 
     python train_gpt2.py --prompt "Hello, I'm a language model," --init_from log/gpt2-001
-    python train_gpt2.py --eval_only --init_from log/gpt2-001
+    python train_gpt2.py --eval_only --init_from log/gpt2-001 --lambada lambada_test.jsonl
 
 These are train_gpt2.py's; here are their options and the functions behind them, which work on any
 of its models.
 """
 
 import codecs
+import json
 import math
 import os
 import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -22,6 +25,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import hellaswag
+
+LAMBADA_URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Task:
     """draw among the likeliest tokens that together have this probability"""
     eval_only: bool = False
     """print validation loss, bits per byte, next-token accuracy, and HellaSwag's scores"""
+    lambada: str = ""
+    """with --eval_only: a file of texts, LAMBADA's, whose last words to predict"""
 
 
 TASKS = ("prompt", "eval_only")
@@ -54,8 +61,9 @@ def check_task(task: Task) -> str:
     if len(wanted) > 1:
         raise SystemExit(f"{' and '.join(f'--{name}' for name in wanted)}: give one of them")
     for name in sorted(given - {*TASKS}):
-        if "prompt" not in given:
-            raise SystemExit(f"--{name} goes with --prompt: give both, or none")
+        needed = "eval_only" if name == "lambada" else "prompt"
+        if needed not in given:
+            raise SystemExit(f"--{name} goes with --{needed}: give both, or none")
     bounds = {"num_samples": (1, 10**6), "max_new_tokens": (1, 10**9), "top_k": (0, 10**9)}
     bounds |= {"temperature": (0, 10**9), "top_p": (0, 1)}
     for name, (least, most) in bounds.items():
@@ -69,7 +77,7 @@ def run_task(what: str, config, task: Task):
     import train_gpt2 as trainer  # here, not above: it imports this module
 
     if what == "eval_only":
-        return measure(config)
+        return measure(config, task.lambada)
     if int(os.environ.get("RANK", 0)) > 0:
         return
     prompts = [read_prompt(prompt) for prompt in task.prompt]
@@ -188,9 +196,61 @@ def bytes_of_tokens(encoding: tiktoken.Encoding | None, vocab_size: int) -> torc
     return n_bytes
 
 
-def measure(config):
-    """Print how good --init_from's weights are on the validation split and on HellaSwag, where
-    these are not switched off."""
+class WordSums(NamedTuple):
+    """Sums over LAMBADA's last words, to add up over ranks before dividing."""
+
+    words: float
+    nats: float
+    hits: float  # words whose every token was the likeliest
+
+    def __str__(self) -> str:
+        accuracy = hellaswag.with_error(self.hits / self.words, int(self.words))
+        perplexity = np.exp(self.nats / self.words)  # inf, where math.exp would raise
+        return f"accuracy {accuracy} perplexity {perplexity:.2f} on {self.words:.0f} words"
+
+
+def load_lambada(path: str | Path) -> list[dict]:
+    """The texts of LAMBADA (Paperno et al. 2016): JSON lines with a `text` each, as OpenAI made
+    them for GPT-2, or lines of plain text in a .txt file. SystemExit names what cannot be read."""
+    examples = []
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise SystemExit(f"no {path} ({error.strerror}): fetch {LAMBADA_URL} by hand") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode() if str(path).endswith(".txt") else json.loads(line)["text"]
+            context, word = text.rsplit(" ", maxsplit=1)
+            if not context.strip() or not word:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise SystemExit(
+                f"{path}, line {number}: no text of two words or more; mend it, or fetch "
+                f"{LAMBADA_URL} anew"
+            ) from None
+        examples.append({"context": context, "word": word})
+    if not examples:
+        raise SystemExit(f"{path} is empty: fetch {LAMBADA_URL} anew")
+    return examples
+
+
+def render_lambada(example: dict, encoding: tiktoken.Encoding) -> hellaswag.Question:
+    """A context with a single ending, the last word."""
+    context, word = hellaswag.encode_pair(encoding, example["context"], " " + example["word"])
+    return hellaswag.Question(context, [word], [1], 0)
+
+
+def predict_words(model, questions: list[hellaswag.Question], **how) -> WordSums:
+    """The last words' losses, and how many are predicted; `how` as hellaswag.scores has it."""
+    words = nats = hits = 0
+    for _, losses, all_hits in hellaswag.scores(model, questions, **how):
+        words, nats, hits = words + 1, nats + losses[0], hits + all_hits[0]
+    return WordSums(words, nats, hits)
+
+
+def measure(config, lambada: str):
+    """Print how good --init_from's weights are: on the validation split and on HellaSwag, where
+    these are not switched off, and on LAMBADA, where its file is given."""
     import train_gpt2 as trainer
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -209,11 +269,13 @@ def measure(config):
     try:
         encoding = trainer.encoding_of(config.vocab_size)
     except SystemExit:
-        if config.hellaswag_interval:
+        if config.hellaswag_interval or lambada:
             raise
         encoding = None  # a loss can be had without
     ways = hellaswag.WAYS if config.hellaswag_interval else ()
     questions = {way: trainer.questions_of(config, encoding, way) for way in ways}
+    texts = load_lambada(lambada) if lambada else []
+    words = hellaswag.prepare(texts, encoding, T, render_lambada)
     if rank == 0 and world_size > 1:
         dist.barrier()
 
@@ -234,5 +296,8 @@ def measure(config):
         counts = hellaswag.evaluate(model, questions[way], **how)
         counts = hellaswag.Counts(*trainer.sum_over_ranks(*counts, device=device))
         trainer.print0(f"  HellaSwag as the {way} has it: {counts}")
+    if words:
+        sums = predict_words(model, words, **how)
+        trainer.print0(f"  LAMBADA: {WordSums(*trainer.sum_over_ranks(*sums, device=device))}")
     if world_size > 1:
         dist.destroy_process_group()

@@ -22,14 +22,16 @@ def twins(folder, **changes):
 
 @torch.no_grad()
 def plain_scores(other, context: list[int], endings: list[list[int]]):
-    """Of each ending: its summed cross-entropy."""
+    """Of each ending: its summed cross-entropy, and whether each token of it was the likeliest."""
     n, longest = len(context), max(map(len, endings))
     rows = [[*context, *ending, *[0] * (longest - len(ending))] for ending in endings]
     idx = torch.tensor(rows)  # (R, N)
     logits, targets = other(idx, use_cache=False).logits[:, :-1], idx[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # (R, N - 1)
+    hits = logits.argmax(dim=-1) == targets
     parts = [slice(n - 1, n - 1 + len(ending)) for ending in endings]
-    return [row[part].double().sum().item() for row, part in zip(losses, parts, strict=True)]
+    sums = [row[part].double().sum().item() for row, part in zip(losses, parts, strict=True)]
+    return sums, [bool(row[part].all()) for row, part in zip(hits, parts, strict=True)]
 
 
 def first_least(values) -> int:

@@ -74,7 +74,7 @@ def plain_counts(other, examples, sizes_of=lambda endings: [len(e.encode()) + 1 
     right = right_norm = 0
     for example in examples:
         context, endings = example["ctx"].encode(), example["endings"]
-        sums = plain_scores(other, [*context], [[*f" {e}".encode()] for e in endings])
+        sums, _ = plain_scores(other, [*context], [[*f" {e}".encode()] for e in endings])
         right += first_least(sums) == example["label"]
         pairs = zip(sums, sizes_of(endings), strict=True)
         means = [loss / size if size else math.inf for loss, size in pairs]
@@ -167,24 +167,35 @@ def test_losses_are_those_of_one_ending_a_row(two, batch_size):
     questions = some_questions(40)
     for start in range(0, 40, batch_size):
         batch = questions[start : start + batch_size]
-        for question, losses in zip(batch, score(model, batch), strict=True):
-            expected = plain_scores(other, *question[:2])
+        sums, hits = score(model, batch)
+        for question, losses, all_hits in zip(batch, sums, hits, strict=True):
+            expected, expected_hits = plain_scores(other, *question[:2])
             assert losses == pytest.approx(expected, rel=1e-5, abs=1e-4)
+            assert all_hits == expected_hits
+
+
+def test_endings_whose_every_token_is_the_likeliest_are_known(two):
+    model, other = two
+    idx = torch.tensor([[1, 2, 3]])
+    greedy = other.generate(idx, max_new_tokens=9, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    almost = [*greedy[:8], 1 + greedy[8]]
+    question = Question([1, 2, 3], [greedy, almost, greedy[:1], [5, *greedy[1:]]], [1] * 4, 0)
+    assert score(model, [question])[1] == [[True, False, True, False]]
 
 
 def test_an_ending_does_not_know_of_the_others(two):
     model, _ = two
     for question in some_questions(12):
-        before = score(model, [question])
+        before, _ = score(model, [question])
         for k in range(4):
             endings = list(question.endings)
             endings[k] = [7] * 9 + endings[k][:20]
-            after = score(model, [question._replace(endings=endings)])
+            after, _ = score(model, [question._replace(endings=endings)])
             for i in range(4):
                 same = after[0][i] == pytest.approx(before[0][i], rel=1e-5)
                 assert same == (i != k)
         same = [question.endings[0]] * 4
-        losses = score(model, [question._replace(endings=same)])[0]
+        losses = score(model, [question._replace(endings=same)])[0][0]
         assert losses == pytest.approx([before[0][0]] * 4, rel=1e-5)  # wherever they stand
 
 
@@ -256,7 +267,7 @@ def uniform():
 
 def test_a_model_that_prefers_nothing_by_formulas():
     model = uniform()
-    sums = score(model, [render(EXAMPLE, BYTES)])
+    sums, _ = score(model, [render(EXAMPLE, BYTES)])
     assert sums[0] == pytest.approx([n * math.log(257) for n in (10, 4, 7, 4)])
     endings = {"sum": ["long one", "short", "longer yet", "shirt"], "mean": ["é", "abc", "é", "d"]}
     for label in range(4):
@@ -321,16 +332,16 @@ def test_scores_come_with_their_questions(two):
     model, other = two
     questions = prepare(some_examples(7), BYTES, 96)
     results = list(hellaswag.scores(model, questions, batch_size=3))
-    assert [question for question, _ in results] == questions
-    for question, sums in results:
-        assert sums == pytest.approx(plain_scores(other, *question[:2]), rel=1e-5)
+    assert [question for question, *_ in results] == questions
+    for question, sums, _ in results:
+        assert sums == pytest.approx(plain_scores(other, *question[:2])[0], rel=1e-5)
 
 
 def test_autocast_moves_losses_a_little(two):
     model, questions = two[0], some_questions(8)
-    plain = [sums for _, sums in hellaswag.scores(model, questions)]
+    plain = [sums for _, sums, _ in hellaswag.scores(model, questions)]
     how = {"autocast": torch.autocast("cpu", torch.bfloat16)}
-    rounded = [sums for _, sums in hellaswag.scores(model, questions, **how)]
+    rounded = [sums for _, sums, _ in hellaswag.scores(model, questions, **how)]
     assert rounded != plain
     torch.testing.assert_close(torch.tensor(rounded), torch.tensor(plain), rtol=0.03, atol=0.3)
 
@@ -382,9 +393,9 @@ def test_choices_on_the_whole_validation_set(tmp_path, monkeypatch):
     scores, found = hellaswag.scores, {}
 
     def recorded(*args, **how):
-        for question, sums in scores(*args, **how):
-            found[str(question[:2])] = sums
-            yield question, sums
+        for question, *results in scores(*args, **how):
+            found[str(question[:2])] = results[0]
+            yield question, *results
 
     monkeypatch.setattr(hellaswag, "scores", recorded)
     counts = evaluate(model, prepare(examples, encoding, 128))
@@ -393,7 +404,7 @@ def test_choices_on_the_whole_validation_set(tmp_path, monkeypatch):
         endings = [encoding.encode_ordinary(" " + e) for e in example["endings"]]
         # a few are too long: what is left of the context fills the positions
         context = encoding.encode_ordinary(example["ctx"])[max(map(len, endings)) - 128 :]
-        sums, plain = found[str((context, endings))], plain_scores(other, context, endings)
+        sums, (plain, _) = found[str((context, endings))], plain_scores(other, context, endings)
         for k, sizes in ((1, [1] * 4), (2, [*map(len, endings)])):
             means = [loss / size for loss, size in zip(plain, sizes, strict=True)]
             expected[k] += first_least(means) == example["label"]

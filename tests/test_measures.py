@@ -2,14 +2,18 @@
 
 import json
 import math
+import os
 import random
+import re
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from plain import twins
+from plain import first_least, plain_scores, twins
 
 import fineweb
 import hellaswag
@@ -17,7 +21,11 @@ import train_gpt2
 from fineweb import get_encoding
 from inference import (
     TokenSums,
+    WordSums,
     bytes_of_tokens,
+    load_lambada,
+    predict_words,
+    render_lambada,
     sum_over_tokens,
 )
 from train_gpt2 import Config, Windows, main, parse_arguments, val_windows, validation_loss
@@ -47,10 +55,98 @@ def write_lines(path, records):
 # ---- LAMBADA -------------------------------------------------------------------------------------
 
 
+def test_lambada_as_json_lines_and_as_text(tmp_path):
+    texts = ["the end", "she said “no”, he said  maybe", "a b c"]
+    expected = [("the", "end"), ("she said “no”, he said ", "maybe"), ("a b", "c")]
+    expected = [{"context": context, "word": word} for context, word in expected]
+    (tmp_path / "a.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    assert load_lambada(tmp_path / "a.txt") == load_lambada(tmp_path / "a.jsonl") == expected
+
+
+BAD = [b"{", b"[]", b"null", b'"a b"', b'{"txt": "a b"}', b'{"text": 7}', b'{"text": "word"}']
+BAD += [b'{"text": " word"}', b"", b"\xff\xfe", b'{"text": null}', b"[" * 10**5]
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_bad_line_of_lambada_is_named(tmp_path, line):
+    path, good = tmp_path / "bad.jsonl", b'{"text": "a good one"}'
+    path.write_bytes(b"\n".join([good, good, line, good]))
+    with pytest.raises(SystemExit, match=r"bad\.jsonl, line 3: no text of two words") as error:
+        load_lambada(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", [b"word", b"", b" word", b"\xff \xfe"])
+def test_a_bad_line_of_text_is_named(tmp_path, line):
+    (tmp_path / "bad.txt").write_bytes(b"a good one\n" + line + b"\na good one\n")
+    with pytest.raises(SystemExit, match=r"bad\.txt, line 2: no text of two words"):
+        load_lambada(tmp_path / "bad.txt")
+
+
+def test_a_file_of_lambada_that_is_empty_or_missing_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"")
+    for path, what in ((tmp_path / "a.txt", "is empty"), (tmp_path / "b.txt", "No such file")):
+        with pytest.raises(SystemExit, match=f"{path.name}.*{what}") as error:
+            load_lambada(path)
+        assert "lambada_test.jsonl" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(SystemExit, match="Is a directory"):
+        load_lambada(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The same weights in this project's model and in transformers'."""
     return twins(tmp_path_factory.mktemp("hf"))
+
+
+def test_last_words_are_predicted_as_by_transformers(two):
+    model, other = two
+    questions, nats, hits = [], [], []
+    for i in range(30):
+        context = [*some_text(1 + i % 4, seed=i).encode()]
+        word = [*f" {WORDS[i % len(WORDS)]}".encode()]
+        if i % 3 == 0:  # what the model itself would say
+            idx = torch.tensor([context])
+            with torch.no_grad():
+                for _ in word:
+                    likeliest = other(idx).logits[:, -1].argmax(dim=-1, keepdim=True)
+                    idx = torch.cat((idx, likeliest), dim=1)
+            word = idx[0, len(context) :].tolist()
+            if i % 2:  # all but the last of its tokens
+                word[-1] = (word[-1] + 1) % 256
+        questions.append(hellaswag.Question(context, [word], [1], 0))
+        (loss,), (hit,) = plain_scores(other, context, [word])
+        nats.append(loss)
+        hits.append(hit)
+    assert sum(hits) == 5
+    for batch_size in (0, 1, 7):
+        sums = predict_words(model, questions, batch_size=batch_size)
+        assert sums.words == 30 and sums.hits == 5
+        assert sums.nats == pytest.approx(sum(nats), rel=1e-5)
+    # the harness's formulas: exp of the mean, and the deviation of a sample
+    perplexity, error = math.exp(np.mean(nats)), np.std(hits, ddof=1) / math.sqrt(30)
+    sums = WordSums(30, sum(nats), 5)
+    assert str(sums) == f"accuracy 0.1667 (se {error:.4f}) perplexity {perplexity:.2f} on 30 words"
+    shares = [predict_words(model, questions, rank=rank, world_size=4) for rank in range(4)]
+    whole = [sum(column) for column in zip(*shares, strict=True)]
+    assert whole == pytest.approx(predict_words(model, questions), rel=1e-6)
+    assert [share.words for share in shares] == [8, 8, 7, 7]
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2"])
+def test_a_last_word_is_all_tokens_from_its_space_on(name):
+    encoding = gpt2s() if name == "gpt2" else BYTES
+    for context, word in (
+        ("She lives in", "Zürich"),
+        ("a  b ", "naïve."),
+        ("“no”,", "<|endoftext|>"),
+    ):
+        question = render_lambada({"context": context, "word": word}, encoding)
+        assert question.context == encoding.encode_ordinary(context.rstrip())
+        whole = question.context + question.endings[0]
+        assert whole == encoding.encode_ordinary(f"{context} {word}")
+        assert len(question.endings) == 1 and len(question.endings[0]) > 1
 
 
 # ---- tokens --------------------------------------------------------------------------------------
@@ -184,7 +280,7 @@ EVALUATE = ("--eval_only", "--init_from", "run")
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """A folder with shards and questions in data/, and a run of FLAGS in run/."""
+    """A folder with shards and questions in data/, LAMBADA's texts, and a run of FLAGS in run/."""
     folder = tmp_path_factory.mktemp("workshop")
     documents = [some_text(12, seed=i) for i in range(200)]
     fineweb.write_shards(documents, folder / "data", "bytes", val_tokens=2000, workers=1)
@@ -196,6 +292,7 @@ def workshop(tmp_path_factory):
         example = {"ctx": some_text(3, seed=i), "endings": endings, "label": rng.randrange(4)}
         examples.append(example | {"activity_label": "Mats"})
     write_lines(folder / QUESTIONS, examples)
+    (folder / "lambada.txt").write_text("\n".join(some_text(2 + i % 5, seed=i) for i in range(40)))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         main(*parse_arguments(arguments(out_dir="run")))
@@ -219,6 +316,88 @@ def alone(workshop, tmp_path, monkeypatch, inside):
 NUMBER = r"(\d+\.\d+)"
 
 
+def test_eval_only_prints_the_runs_losses_and_transformers_scores(inside, capsys):
+    transformers = pytest.importorskip("transformers")
+    lines = said(capsys, *EVALUATE, "--lambada", "lambada.txt")
+    assert len(lines) == 5 and lines[0].startswith("run, ")
+    other = transformers.GPT2LMHeadModel.from_pretrained("run/hf").eval()
+    assert f" {other.num_parameters() + 63 * 32:,} parameters" in lines[0]  # 257 rows are 320
+
+    # the validation split: the run's last loss, and transformers' numbers on the same tokens
+    pattern = f"  data: loss {NUMBER} next-token accuracy {NUMBER} bits per byte {NUMBER} on "
+    loss, accuracy, bits = map(float, re.match(pattern + "1,280 tokens$", lines[1]).groups())
+    (last,) = [line for line in Path("run/log.txt").read_text().splitlines() if "6 val" in line]
+    assert f"{loss:.4f}" == f"{float(last.split()[2]):.4f}"
+    tokens = torch.from_numpy(np.load(next(Path("data").glob("*val*.npy"))).astype(np.int64))
+    x, y = tokens[:1280].view(20, 64), tokens[1:1281].view(20, 64)
+    with torch.no_grad():
+        logits = other(x).logits
+    nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none")
+    assert loss == pytest.approx(nats.mean().item(), abs=6e-5)
+    assert accuracy == pytest.approx((logits.argmax(-1) == y).float().mean().item(), abs=6e-5)
+    expected = nats[y < 256].sum().item() / math.log(2) / (y < 256).sum().item()
+    assert bits == pytest.approx(expected, abs=6e-5)
+
+    # HellaSwag both ways: contexts, and sizes by bytes or by characters
+    examples = [json.loads(line) for line in Path(QUESTIONS).read_text().splitlines()]
+    ways = {"lecture": ("", lambda e: len(e.encode()) + 1), "harness": ("Mats: ", len)}
+    for line, (way, (start, size)) in zip(lines[2:4], ways.items(), strict=True):
+        right = [0, 0]
+        for example in examples:
+            endings = [[*f" {ending}".encode()] for ending in example["endings"]]
+            context = [*(start + example["ctx"]).encode()][max(map(len, endings)) - 64 :]
+            sums, _ = plain_scores(other, context, endings)
+            means = [s / size(e) for s, e in zip(sums, example["endings"], strict=True)]
+            right[0] += first_least(sums) == example["label"]
+            right[1] += first_least(means) == example["label"]
+        assert line == f"  HellaSwag as the {way} has it: {hellaswag.Counts(30, *right)}"
+    assert lines[2].split(": ")[1] != lines[3].split(": ")[1]
+
+    nats, hits = [], []
+    for text in Path("lambada.txt").read_text().splitlines():
+        context, word = text.rsplit(" ", 1)
+        word = [*f" {word}".encode()]
+        (loss,), (hit,) = plain_scores(other, [*context.encode()][len(word) - 64 :], [word])
+        nats.append(loss)
+        hits.append(hit)
+    match = re.match(f"  LAMBADA: accuracy {NUMBER} .* perplexity {NUMBER} on 40 words", lines[4])
+    assert float(match[1]) == pytest.approx(np.mean(hits), abs=6e-5)
+    assert float(match[2]) == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
+
+
+def test_eval_only_leaves_nothing(inside, capsys):
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    said(capsys, *EVALUATE, "--lambada", "lambada.txt")
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
+
+
+def test_two_ranks_print_the_numbers_of_one_and_once(inside, capsys):
+    one = said(capsys, *EVALUATE, "--lambada", "lambada.txt", val_tokens=1240)  # 19 windows
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(SCRIPT), *arguments(*EVALUATE, "--lambada", "lambada.txt", val_tokens=1240)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=99)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == one and len(one) == 5
+
+
+@pytest.mark.parametrize("off", [("val",), ("hellaswag",), ("val", "hellaswag")])
+def test_an_interval_of_0_switches_a_part_of_eval_only_off(inside, capsys, off):
+    whole = said(capsys, *EVALUATE, "--lambada", "lambada.txt")
+    some = said(capsys, *EVALUATE, "--lambada", "lambada.txt", **{f"{o}_interval": 0 for o in off})
+    gone = {"val": "  data: ", "hellaswag": "  HellaSwag "}
+    starts = tuple(gone[name] for name in off)
+    assert some == [line for line in whole if not line.startswith(starts)]
+    assert len(some) == 5 - ("val" in off) - 2 * ("hellaswag" in off)
+
+
+def test_without_validation_and_hellaswag_no_data_is_needed(alone, workshop, capsys):
+    flags = ("--eval_only", "--init_from", str(workshop / "run"))
+    flags += ("--lambada", str(workshop / "lambada.txt"))
+    lines = said(capsys, *flags, data_dir="nowhere", val_interval=0, hellaswag_interval=0)
+    assert len(lines) == 2 and lines[1].startswith("  LAMBADA: ")
+
+
 def test_without_network_hellaswag_is_missed_before_anything_is_computed(
     alone, workshop, capsys, monkeypatch
 ):
@@ -232,6 +411,11 @@ def test_without_network_hellaswag_is_missed_before_anything_is_computed(
         assert str(hellaswag.PATH) in error and "by hand" in error
         assert "--hellaswag_interval 0" in error
     assert not forward
+
+
+def test_what_is_wrong_with_lambada_is_said_before_anything_is_computed(inside, capsys):
+    error = error_of(capsys, *EVALUATE, "--lambada", "nowhere.txt")
+    assert "nowhere.txt" in error and "lambada_test.jsonl" in error
 
 
 @pytest.mark.parametrize("more", [(), EVALUATE])
