@@ -2,6 +2,7 @@
 
     python train_gpt2.py --prompt "Hello, I'm a language model," --init_from log/gpt2-001
     python train_gpt2.py --eval_only --init_from log/gpt2-001 --lambada lambada_test.jsonl
+    python train_gpt2.py --export my_gpt2 --init_from log/gpt2-001/step_010000.pt
 
 These are train_gpt2.py's; here are their options and the functions behind them, which work on any
 of its models.
@@ -11,7 +12,9 @@ import codecs
 import json
 import math
 import os
+import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,11 +24,22 @@ import tiktoken
 import torch
 import torch.distributed as dist
 import tyro
+from safetensors import SafetensorError
+from tiktoken.load import read_file_cached
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import hellaswag
 
+TOKENIZER_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+TOKENIZER_FILES = {  # with the checksums that tiktoken has of them
+    "vocab.json": (
+        "encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    ),
+    "merges.txt": (
+        "vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    ),
+}  # fmt: skip
 LAMBADA_URL = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
 
 
@@ -49,9 +63,11 @@ class Task:
     """print validation loss, bits per byte, next-token accuracy, and HellaSwag's scores"""
     lambada: str = ""
     """with --eval_only: a file of texts, LAMBADA's, whose last words to predict"""
+    export: str = ""
+    """write the weights into this new folder, for transformers"""
 
 
-TASKS = ("prompt", "eval_only")
+TASKS = ("prompt", "eval_only", "export")
 
 
 def check_task(task: Task) -> str:
@@ -80,18 +96,30 @@ def run_task(what: str, config, task: Task):
         return measure(config, task.lambada)
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    prompts = [read_prompt(prompt) for prompt in task.prompt]
-    device = trainer.resolve_device(config.device)
-    model = trainer.load_model(config.init_from or "gpt2").eval().to(device)
-    encoding = trainer.encoding_of(model.config.vocab_size)
-    try:
-        for prompt in prompts:
-            generator = torch.Generator(device).manual_seed(config.seed)
-            print_samples(model, encoding, prompt, task, generator)
-    except OSError as error:  # nobody reads on, as with `| head`; a file on a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
-        pipe = isinstance(error, BrokenPipeError)
-        raise SystemExit(141 if pipe else f"cannot print ({error.strerror})") from None
+    source = config.init_from or "gpt2"
+    if what == "export":
+        folder = Path(task.export)
+        if os.path.lexists(folder):
+            raise SystemExit(f"{folder} exists: name a new folder for --export")
+        model, encoding = trainer.load_model(source), None
+        with suppress(SystemExit):  # of another vocabulary, or not to be had: then without it
+            encoding = trainer.encoding_of(model.config.vocab_size)
+        export(model, folder, encoding, "the same command again")
+        has = ", with its tokenizer" if (folder / "vocab.json").exists() else ""
+        print(f"{folder} has {source} for transformers{has}")
+    else:
+        prompts = [read_prompt(prompt) for prompt in task.prompt]
+        device = trainer.resolve_device(config.device)
+        model = trainer.load_model(source).eval().to(device)
+        encoding = trainer.encoding_of(model.config.vocab_size)
+        try:
+            for prompt in prompts:
+                generator = torch.Generator(device).manual_seed(config.seed)
+                print_samples(model, encoding, prompt, task, generator)
+        except OSError as error:  # nobody reads on, as with `| head`; a file on a full disk
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left
+            pipe = isinstance(error, BrokenPipeError)
+            raise SystemExit(141 if pipe else f"cannot print ({error.strerror})") from None
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -301,3 +329,37 @@ def measure(config, lambada: str):
         trainer.print0(f"  LAMBADA: {WordSums(*trainer.sum_over_ranks(*sums, device=device))}")
     if world_size > 1:
         dist.destroy_process_group()
+
+
+# ---- weights for other programs ------------------------------------------------------------------
+
+
+def export(model, folder: Path, encoding: tiktoken.Encoding | None, again: str):
+    """Write what transformers loads into a folder, whole or not at all: the weights, and GPT-2's
+    tokenizer where that is the encoding. SystemExit, which says to give `again`, if it cannot."""
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # of an attempt that failed
+    try:
+        model.save_pretrained(aside)
+        if encoding and encoding.name == "gpt2":
+            save_tokenizer(aside, model.config.block_size)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+    except (OSError, SafetensorError) as error:
+        raise SystemExit(
+            f"{folder} cannot be written ({error}): make room, and give {again}"
+        ) from None
+
+
+def save_tokenizer(folder: Path, n_positions: int):
+    """GPT-2's tokenizer: under other names transformers has the files that tiktoken keeps."""
+    contents = {}
+    for name, (file, sha256) in TOKENIZER_FILES.items():
+        try:
+            contents[name] = read_file_cached(f"{TOKENIZER_URL}/{file}", sha256)
+        except (OSError, ValueError):
+            return  # they are gone, and so is the network: the weights are what matters
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": n_positions}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

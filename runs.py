@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 # of a checkpoint
 PARTS = {"model": dict, "optimizer": dict, "scaler": dict, "step": int, "config": dict, "data": str}
@@ -59,6 +58,8 @@ def load_checkpoint(path: Path) -> dict:
         if {k: type(v) for k, v in checkpoint.items()} != PARTS or checkpoint["step"] < 0:
             raise ValueError("it is of another program")
         return checkpoint
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there") from None
     except Exception as error:  # a torn file, another pickle: zipfile and torch raise all kinds
         reason = (str(error) or repr(error)).splitlines()[0].split(". ")[0]  # torch adds advice
         raise ValueError(f"{path} is damaged ({reason})") from None
@@ -383,19 +384,6 @@ class Watchdog:
         text += f"{here.lineno}, {here.line}: another rank hangs\n"
         os.write(2, text.encode())
         os._exit(1)
-
-
-def export(model, folder: Path):
-    """Write hf/, whole or not at all, for it marks a run as finished. SystemExit if it cannot."""
-    aside = folder / "hf.tmp"
-    try:
-        model.save_pretrained(aside)
-        shutil.rmtree(folder / "hf", ignore_errors=True)
-        os.replace(aside, folder / "hf")
-    except (OSError, SafetensorError) as error:
-        raise SystemExit(
-            f"{folder}/hf cannot be written ({error}): make room, and give --resume {folder}"
-        ) from None
 
 
 def line_of(step: int, stream: str, value: float) -> str:

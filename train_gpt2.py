@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -44,7 +45,7 @@ import demo
 import fineweb
 import hellaswag
 import runs
-from inference import Task, check_task, run_task
+from inference import Task, check_task, export, run_task
 
 # ---- hyperparameters: the part to tweak ----------------------------------------------------------
 
@@ -119,7 +120,8 @@ class Config:
     max_bad_steps: int = 10
     """updates in a row that are skipped, as not finite, before the run stops; 0: never stop"""
     init_from: str = ""
-    """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder or a run's folder"""
+    """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder that transformers
+    loads, a run's folder, or one of its step_NNNNNN.pt"""
     resume: str = ""
     """a run's folder to continue; auto: the preset's newest that did not finish, else a new one"""
     resume_anyway: bool = False
@@ -386,7 +388,8 @@ class GPT(nn.Module):
             raise SystemExit(f"{folder} holds no GPT-2 that can be loaded: {reason:.500}") from None
 
     def save_pretrained(self, folder: str | Path):
-        """Write config.json and model.safetensors, for transformers and for from_pretrained."""
+        """Write config.json, generation_config.json and model.safetensors, for transformers and
+        for from_pretrained."""
         folder, config = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
         weights = {}
@@ -395,11 +398,17 @@ class GPT(nn.Module):
             w = w[: config.vocab_size] if name.endswith("wte.weight") else w
             weights[name] = (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        parts = {key: getattr(config, key) for key in NETWORK}
-        parts |= {"n_positions": config.block_size, "architectures": ["GPT2LMHeadModel"]}
-        # end-of-text, the last token, is what a document follows and ends with
-        parts |= {"bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1}
-        (folder / "config.json").write_text(json.dumps(GPT2 | parts, indent=2) + "\n")
+        parts = GPT2 | {key: getattr(config, key) for key in NETWORK}
+        parts |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)  # llama.cpp has n_ctx
+        parts |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+        # what a document follows and ends with: end-of-text, the last token of GPT-2's
+        end = min(config.vocab_size, 50257) - 1
+        parts |= {"bos_token_id": end, "eos_token_id": end, "architectures": ["GPT2LMHeadModel"]}
+        generation = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+        for name, content in (("config", parts), ("generation_config", generation)):
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        # safetensors makes its file for its owner alone
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
@@ -745,8 +754,16 @@ def model_of(path: Path, checkpoint: dict, dropout: float) -> GPT:
 
 
 def load_model(source: str, dropout: float = 0.0) -> GPT:
-    """The newest weights of a run's folder, or whatever GPT.from_pretrained can load."""
-    path, checkpoint = runs.newest_checkpoint(Path(source))
+    """The weights of a checkpoint, the newest ones of a run's folder, or whatever
+    GPT.from_pretrained can load."""
+    try:
+        path = Path(source)
+        if path.suffix == ".pt" and not os.path.isdir(path):
+            checkpoint = runs.load_checkpoint(path)
+        else:
+            path, checkpoint = runs.newest_checkpoint(path)
+    except ValueError as error:
+        raise SystemExit(f"{error}: take another one") from None
     if checkpoint:
         return model_of(path, checkpoint, dropout)
     exported = Path(source) / "hf"
@@ -1018,7 +1035,7 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
     minutes = (time.perf_counter() - start) / 60
     if rank == 0:
         writer.wait()
-        runs.export(raw_model, folder)
+        export(raw_model, folder / "hf", encoding, f"--resume {folder}")
         if writer.failure:
             print0(f"the last checkpoint is not written: {writer.failure}")
     print0(f"done in {minutes:.1f} minutes: {folder}/hf loads in transformers and by --init_from")

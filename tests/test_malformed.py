@@ -318,7 +318,6 @@ FLAGS = {
     "train --resume mine --seed 5": "--resume_anyway",
     "train --resume mine --resume_anyway --max_steps 1": "--max_steps 1",
     "train --init_from gpt5": "'gpt5'",
-    f"train --init_from {PT}": PT,
     "train --init_from data": "data holds no GPT-2",
     "train --init_from mine --block_size 32": "--block_size 32",
     f"train --init_from {LONG}": "no model",

@@ -1,4 +1,4 @@
-"""--eval_only and what it prints, against transformers and formulas."""
+"""--eval_only and what it prints, against transformers, formulas and EleutherAI's harness."""
 
 import json
 import math
@@ -23,6 +23,7 @@ from inference import (
     TokenSums,
     WordSums,
     bytes_of_tokens,
+    export,
     load_lambada,
     predict_words,
     render_lambada,
@@ -208,6 +209,17 @@ def test_sums_over_tokens_are_those_of_transformers_and_of_the_text(tmp_path, na
     assert sums.loss == pytest.approx(expected, rel=1e-6)
 
 
+def test_characters_split_over_tokens_count_their_bytes_once(two):
+    model, other = two
+    tokens = [*"né 🙂".encode(), 256]
+    x, y = torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]])
+    model_sums = sum_over_tokens(model, [(x, y)], bytes_of_tokens(BYTES, 257), nullcontext())
+    (loss,), _ = plain_scores(other, tokens[:1], [tokens[1:-1]])
+    assert model_sums.text_bytes == len("é 🙂".encode()) == 7
+    assert model_sums.bits_per_byte == pytest.approx(loss / math.log(2) / 7, rel=1e-6)
+    assert model_sums.nats > model_sums.text_nats == pytest.approx(loss, rel=1e-6)
+
+
 def test_accuracy_is_the_share_of_likeliest_tokens(two):
     model, other = two
     x = torch.randint(257, (6, 50), generator=torch.Generator().manual_seed(0))
@@ -239,6 +251,75 @@ def test_token_sums_print_what_there_is():
     )
     sums = TokenSums(2000, 6000, 500, 0, 0)  # of a vocabulary without an encoding
     assert str(sums) == "loss 3.0000 next-token accuracy 0.2500 on 2,000 tokens"
+
+
+# ---- the harness ---------------------------------------------------------------------------------
+
+
+def harness_records():
+    """HellaSwag's with all that its texts have, and endings of very different lengths."""
+    rng = random.Random(3)
+    words = "a the man roof café [title] [step] [substeps] NASA then. sits, up (now)  Ω".split(" ")
+    records = []
+    while len(records) < 24:
+        a, *endings = (" ".join(rng.choices(words, k=rng.choice([1, 3, 9, 20]))) for _ in range(5))
+        b = rng.choice(["", "", "the CD of Bob", "he", "[step] Sit down", "élan VITAL", " x  y"])
+        label = rng.choice(["Roofing", "Food and Entertaining", "A: b"])
+        record = {"activity_label": label, "ctx_a": a, "ctx_b": b, "ctx": f"{a} {b}".strip() or "x"}
+        records.append(record | {"endings": endings, "label": rng.randrange(4)})
+    records[0]["ctx_a"] = "[header] How to x [title] Do   it. [step] Now, [substeps]"
+    records[1]["endings"] = ["[title] foo bar", "foo [title] bar", "naïve  café.", "“yes”"]
+    records[2]["ctx_a"] = "Sit [step]"  # a space is left at the end
+    return records
+
+
+def test_the_numbers_are_the_harnesss(tmp_path):
+    pytest.importorskip("lm_eval")
+    gpt2 = gpt2s()
+    model, other = twins(tmp_path / "twin", block_size=128, vocab_size=50257)
+    export(model, tmp_path / "model", gpt2, "")
+    records = harness_records()
+    texts = [f"{r['ctx_a']} {r['endings'][0]}".strip() for r in records]
+    # no <|endoftext|>: where a text spells it out, the harness takes it for the end of one
+    texts = [text for text in texts if " " in text] + ["Two  spaces  here", "a “quoted word”"]
+    for text in texts[:30]:  # some last words are what the model would say
+        with torch.no_grad():
+            logits = other(torch.tensor([gpt2.encode_ordinary(text)])).logits[0, -1]
+        word = gpt2.decode([logits.argmax().item()])
+        texts += [text + word] if re.fullmatch(r" \w+", word) else []
+    write_lines(tmp_path / "hellaswag.jsonl", records)
+    write_lines(tmp_path / "lambada.jsonl", [{"text": text} for text in texts])
+    command = [sys.executable, str(Path(__file__).with_name("harness.py")), str(tmp_path / "model")]
+    command += [f"hellaswag={tmp_path}/hellaswag.jsonl", f"lambada_openai={tmp_path}/lambada.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])
+
+    metrics, samples = theirs["hellaswag"]
+    examples = hellaswag.load(tmp_path / "hellaswag.jsonl")
+    questions = hellaswag.prepare(examples, gpt2, 128, hellaswag.render_harness)
+    counts = hellaswag.evaluate(model, questions)
+    assert (counts.acc, counts.acc_norm) == (metrics["acc"], metrics["acc_norm"])
+    assert 0.1 < counts.acc < 0.9 and 0.1 < counts.acc_norm < 0.9 and counts.acc != counts.acc_norm
+    names = ("acc", "acc_norm")
+    shares = (f"{n} {metrics[n]:.4f} (se {metrics[n + '_stderr']:.4f})" for n in names)
+    assert str(counts) == f"{' '.join(shares)} on 24 examples"
+    for example, sample in zip(examples, samples, strict=True):
+        question = hellaswag.render_harness(example, gpt2)
+        (sums,), (hits,) = hellaswag.score(model, [question])
+        assert [-loss for loss in sums] == pytest.approx([ll for ll, _ in sample], abs=1e-3)
+        assert hits == [is_greedy for _, is_greedy in sample]
+
+    metrics, samples = theirs["lambada_openai"]
+    questions = [render_lambada(e, gpt2) for e in load_lambada(tmp_path / "lambada.jsonl")]
+    sums = predict_words(model, questions)
+    error = f"{metrics['acc']:.4f} (se {metrics['acc_stderr']:.4f})"
+    assert str(sums).startswith(f"accuracy {error} perplexity ")
+    assert math.exp(sums.nats / sums.words) == pytest.approx(metrics["perplexity"], rel=1e-5)
+    assert 2 < sums.hits < sums.words == len(texts)
+    for question, ((log_likelihood, is_greedy),) in zip(questions, samples, strict=True):
+        (sums,), (hits,) = hellaswag.score(model, [question])
+        assert (-sums[0], hits[0]) == (pytest.approx(log_likelihood, abs=1e-3), is_greedy)
 
 
 # ---- --eval_only ---------------------------------------------------------------------------------
@@ -365,6 +446,13 @@ def test_eval_only_prints_the_runs_losses_and_transformers_scores(inside, capsys
     assert float(match[2]) == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
 
 
+@pytest.mark.parametrize("source", ["run/hf", "run/step_000006.pt"])
+def test_eval_only_of_an_export_or_a_checkpoint_is_that_of_the_run(inside, capsys, source):
+    expected = said(capsys, *EVALUATE)
+    lines = said(capsys, "--eval_only", "--init_from", source)
+    assert lines[0].startswith(source) and lines[1:] == expected[1:] and len(lines) == 4
+
+
 def test_eval_only_leaves_nothing(inside, capsys):
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     said(capsys, *EVALUATE, "--lambada", "lambada.txt")
@@ -429,3 +517,22 @@ def test_an_ending_longer_than_the_positions_is_said_at_the_start(inside, capsys
         Path(QUESTIONS).write_text(before)
     assert "block_size 64 has no room" in error and "far too long" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_vocabulary_without_an_encoding_has_a_loss(alone, capsys):
+    _, other = twins("mine", vocab_size=97)
+    Path("words").mkdir()
+    tokens = np.random.default_rng(0).integers(97, size=2000).astype(np.uint16)
+    for split in ("train", "val"):  # no manifest: as from elsewhere
+        np.save(f"words/x_{split}_000000.npy", tokens)
+    flags = ("--eval_only", "--init_from", "mine")
+    lines = said(capsys, *flags, data_dir="words", hellaswag_interval=0)
+    tokens = torch.from_numpy(tokens[:1281].astype(np.int64))
+    x, y = tokens[:-1].view(20, 64), tokens[1:].view(20, 64)
+    loss = torch.nn.functional.cross_entropy(other(x).logits.flatten(0, 1), y.flatten())
+    match = re.match(f"  words: loss {NUMBER} next-token accuracy {NUMBER} on 1,280", lines[1])
+    assert float(match[1]) == pytest.approx(loss.item(), abs=6e-5) and len(lines) == 2
+    Path("a.txt").write_text("the end")
+    for more, settings in (((), {}), (("--lambada", "a.txt"), {"hellaswag_interval": 0})):
+        error = error_of(capsys, *flags, *more, data_dir="words", **settings)
+        assert "no encoding has 97 tokens" in error

@@ -1,6 +1,7 @@
 """OpenAI's weights in, ours out, against transformers. No network."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train_gpt2
-from train_gpt2 import GPT, Config
+from runs import CheckpointWriter
+from train_gpt2 import GPT, Config, configure_optimizer, load_model
 
 ROOT = Path(train_gpt2.__file__).resolve().parent
 
@@ -240,6 +242,74 @@ def test_a_hub_out_of_reach_is_one_line_with_advice(monkeypatch, error):
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     message = error_of("gpt2")
     assert "gpt2" in message and "folder" in message
+
+
+# ---- whatever has weights ------------------------------------------------------------------------
+
+
+def run_of(folder, **models):
+    """A run's folder with these models as its checkpoints, and as hf/."""
+    folder.mkdir()
+    for name, model in models.items():
+        if name == "hf":
+            model.save_pretrained(folder / "hf")
+            continue
+        writer = CheckpointWriter(folder, model.config, "data")
+        optimizer = configure_optimizer(model, model.config, "cpu")
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        writer.save(int(name.removeprefix("step_")), model, optimizer, scaler)
+        writer.wait()
+        assert not writer.failure
+    return folder
+
+
+def another(factor):
+    model = ours()
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= factor
+    return model
+
+
+def test_a_path_has_that_checkpoint_and_a_run_has_its_newest(tmp_path):
+    models = {"step_9": another(0.9), "step_10": another(1.1), "hf": another(1.3)}
+    run, idx = run_of(tmp_path / "run", **models), tokens(2, 16, vocab_size=65)
+    sources = {run / "step_000009.pt": "step_9", run / "step_000010.pt": "step_10"}
+    for source, name in (sources | {run: "step_10", run / "hf": "hf"}).items():
+        assert torch.equal(load_model(str(source))(idx)[0], models[name](idx)[0]), source
+    os.rename(run / "step_000009.pt", tmp_path / "best.pt")  # whatever its name is, and place
+    assert torch.equal(load_model(str(tmp_path / "best.pt"))(idx)[0], models["step_9"](idx)[0])
+    (run / "step_000010.pt").unlink()
+    assert torch.equal(load_model(str(run))(idx)[0], models["hf"](idx)[0])
+
+
+def test_a_folder_may_be_named_as_a_checkpoint_is(tmp_path):
+    model, idx = ours(), tokens(2, 16, vocab_size=65)
+    model.save_pretrained(tmp_path / "gpt2.pt")
+    run_of(tmp_path / "run.pt", step_1=model)
+    for name in ("gpt2.pt", "run.pt"):
+        assert torch.equal(load_model(str(tmp_path / name))(idx)[0], model(idx)[0])
+
+
+def test_a_checkpoint_from_when_the_prompt_was_a_hyperparameter_loads(tmp_path):
+    path, model = run_of(tmp_path / "run", step_1=ours()) / "step_000001.pt", ours()
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"]["prompt"] = ""
+    torch.save(checkpoint, path)
+    idx = tokens(2, 16, vocab_size=65)
+    for source in (path, path.parent):
+        assert torch.equal(load_model(str(source))(idx)[0], model(idx)[0])
+    checkpoint["config"]["prompts"] = ""  # which no version had
+    torch.save(checkpoint, path)
+    with pytest.raises(SystemExit, match="another version of this script"):
+        load_model(str(path))
+
+
+def test_dropout_is_the_callers(tmp_path):
+    run = run_of(tmp_path / "run", step_1=ours(), hf=ours())
+    for source in (run, run / "step_000001.pt", run / "hf"):
+        assert load_model(str(source)).config.dropout == 0.0
+        assert load_model(str(source), dropout=0.25).transformer.drop.p == 0.25
 
 
 def test_importing_the_trainer_does_nothing_and_takes_no_optional_library():
