@@ -291,9 +291,7 @@ def measure(config, lambada: str):
     config = trainer.network_of(model, config)
     T = min(config.block_size, model.config.block_size)
     config = replace(config, block_size=T)
-    windows = ()
-    if config.val_interval:
-        windows = trainer.Windows(config.data_dir, "val", T, config.vocab_size)
+    windows = trainer.open_windows(config, "val") if config.val_interval else ()
     try:
         encoding = trainer.encoding_of(config.vocab_size)
     except SystemExit:

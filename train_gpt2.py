@@ -149,6 +149,11 @@ PRESETS = {
         total_batch_size=12 * 64, micro_batch_size=12, lr=4e-3, min_lr=0.0, warmup_steps=50,
         val_tokens=100_000, hellaswag_interval=0, checkpoint_interval=500,
     ),
+    "finetune": Config(
+        init_from="gpt2", data_dir="my_data", total_batch_size=2**15, max_steps=200, lr=3e-5,
+        min_lr=3e-6, warmup_steps=20, val_interval=50, val_tokens=2**18, hellaswag_interval=0,
+        sample_interval=50, checkpoint_interval=100,
+    ),
     "demo": replace(
         _SMALL, data_dir="demo_data", block_size=96, max_steps=750,
         total_batch_size=12 * 96, micro_batch_size=6, lr=6e-3, min_lr=0.0, warmup_steps=100,
@@ -799,6 +804,17 @@ def network_of(model: GPT, config: Config) -> Config:
     return replace(config, **{name: getattr(model.config, name) for name in NETWORK})
 
 
+def open_windows(config: Config, split: str) -> Windows:
+    """A split's windows. SystemExit if weights and shards speak of other tokens."""
+    n_vocab = fineweb.read_manifest(config.data_dir).get("vocab_size", config.vocab_size)
+    if config.init_from and n_vocab != config.vocab_size:
+        raise SystemExit(
+            f"{config.data_dir}/ has a vocabulary of {n_vocab}, {config.init_from} one of "
+            f"{config.vocab_size}: make the shards in the weights' encoding, or take other weights"
+        )
+    return Windows(config.data_dir, split, config.block_size, config.vocab_size)
+
+
 def questions_of(config: Config, encoding, way: str) -> list[hellaswag.Question]:
     """HellaSwag's questions, or those that the data has about itself, rendered this way."""
     own = Path(config.data_dir) / "hellaswag_val.jsonl"
@@ -826,7 +842,7 @@ def prepare(config: Config, path: Path | None, checkpoint: dict | None):
         raise SystemExit(f"--block_size {config.block_size} is beyond {n_positions} positions")
 
     splits = ("train", "val") if config.val_interval else ("train",)
-    windows = {s: Windows(config.data_dir, s, config.block_size, config.vocab_size) for s in splits}
+    windows = {split: open_windows(config, split) for split in splits}
     encoding = questions = None
     if config.hellaswag_interval or config.sample_interval:
         encoding = encoding_of(config.vocab_size)

@@ -506,6 +506,12 @@ def test_what_is_wrong_with_lambada_is_said_before_anything_is_computed(inside, 
     assert "nowhere.txt" in error and "lambada_test.jsonl" in error
 
 
+def test_weights_and_shards_of_two_vocabularies_are_both_named(inside, tmp_path, capsys):
+    twins(tmp_path / "words", vocab_size=97)
+    error = error_of(capsys, "--eval_only", "--init_from", str(tmp_path / "words"))
+    assert "data/ has a vocabulary of 257" in error and f"{tmp_path / 'words'} one of 97" in error
+
+
 @pytest.mark.parametrize("more", [(), EVALUATE])
 def test_an_ending_longer_than_the_positions_is_said_at_the_start(inside, capsys, more, tmp_path):
     example = {"ctx": "Once", "endings": ["a", "b", "c", "far too long " * 5], "label": 0}
