@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -374,13 +375,18 @@ class GPT(nn.Module):
         folder = Path(source) if os.path.isdir(source) else download_gpt2(str(source))
         try:
             parts = json.loads((folder / "config.json").read_text())
-            odd = {key: parts[key] for key in GPT2 if parts.get(key, GPT2[key]) != GPT2[key]}
+            if parts.get("n_inner") == 4 * parts["n_embd"]:
+                parts["n_inner"] = None  # which means the same
+            usual = GPT2 | {"add_cross_attention": False, "quantization_config": None}
+            odd = {key: parts[key] for key in usual if parts.get(key, usual[key]) != usual[key]}
             if odd:
                 raise ValueError(f"GPT-2 has no {odd}")
             shape = {key: parts[key] for key in NETWORK}
             config = Config(**shape, block_size=parts["n_positions"], dropout=dropout)
             state = {}
             for name, w in load_file(folder / "model.safetensors").items():
+                if not w.is_floating_point():
+                    raise ValueError(f"{name} is of {w.dtype}")
                 if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                     name = "transformer." + name.removeprefix("transformer.")
                     state[name] = w.t() if name.endswith(TRANSPOSED) else w
@@ -1073,6 +1079,9 @@ def parse_arguments(arguments: list[str]) -> tuple[Config, Task]:
         name, *flags = arguments
     if name not in PRESETS:
         raise SystemExit(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
+    for flag, value in zip(["", *flags], flags, strict=False):
+        if not value or re.fullmatch(r"--\w+=", value):  # as "$RUN" is where RUN is not set
+            raise SystemExit(f"{flag or value} is empty: give it a value, or leave it out")
     preset, training = replace(PRESETS[name], preset=name), Task()
 
     def command(config: Config = preset, task: Task = training):

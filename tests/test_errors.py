@@ -1,5 +1,7 @@
 """What a user can mend is said in one line, before the first step, and nothing is left or lost."""
 
+import functools
+import io
 import json
 import os
 import random
@@ -50,12 +52,12 @@ def arguments(**settings) -> list[str]:
     return ["shakespeare_char", *(a for k, v in flags.items() for a in (f"--{k}", str(v)))]
 
 
-def error_of(**settings) -> str:
+def error_of(*flags, **settings) -> str:
     """The line that a run with these flags must end with (text means exit status 1), having
     changed no file and made none."""
     before = contents()
     with pytest.raises(SystemExit) as error:
-        main(*parse_arguments(arguments(**settings)))
+        main(*parse_arguments([*arguments(**settings), *flags]))
     assert isinstance(error.value.code, str) and len(error.value.code.splitlines()) == 1
     assert contents() == before
     return error.value.code
@@ -206,7 +208,28 @@ def test_a_damaged_question_is_named():
 def test_an_unknown_model_is_answered_with_the_known_ones():
     error = error_of(init_from="gpt5")
     assert "'gpt5'" in error and "gpt2-medium" in error
-    assert "'gpt5'" in error_of(init_from="gpt5", prompt="hello")
+    for task in ({"prompt": "hello"}, {"export": "new"}):
+        assert "'gpt5'" in error_of(init_from="gpt5", **task)
+
+
+@pytest.mark.parametrize("task", [{}, {"prompt": "hello"}, {"export": "new"}])
+def test_a_checkpoint_that_is_absent_or_damaged_is_named(task):
+    path = Path("step_000001.pt")
+    for content in (None, b"", b"\x80 nothing"):
+        if content is not None:
+            path.write_bytes(content)
+        what = "is not there" if content is None else "is damaged"
+        assert f"step_000001.pt {what}" in error_of(init_from=path, **task)
+
+
+@pytest.mark.parametrize("task", [{"prompt": "hello"}, {"export": "new"}])
+def test_a_folder_that_is_no_model_is_named(task):
+    assert "data holds no GPT-2" in error_of(init_from="data", **task)
+    SMALL_MODEL.save_pretrained("small")
+    parts = json.loads(Path("small/config.json").read_text())
+    for odd in ({"scale_attn_by_inverse_layer_idx": True}, {"n_embd": 32}, {"n_positions": 8}):
+        Path("small/config.json").write_text(json.dumps(parts | odd))
+        assert "small holds no GPT-2" in error_of(init_from="small", **task)
 
 
 def test_more_positions_than_the_weights_have_are_refused():
@@ -243,6 +266,58 @@ def test_a_checkpoint_that_cannot_be_read_is_named():
     Path("mine/owner.lock").touch()
     for flags in ({"resume": "mine"}, {"init_from": "mine"}):
         assert "mine/step_000001.pt is damaged" in error_of(**flags)
+
+
+# ---- instead of training -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["", "-"])
+def test_an_empty_prompt_is_refused(prompt, monkeypatch):
+    for content in (b"", b"\n"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert "empty" in error_of(prompt=prompt)
+        assert "empty" in error_of("--prompt", "hello", prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--init_from", ""], ["--export="], ["--max_steps", "1", "--out_dir", ""]]
+)
+def test_a_variable_that_is_not_set_starts_no_run(flags):
+    with pytest.raises(SystemExit, match=r"^--\w+=? is empty"):
+        parse_arguments(["gpt2", *flags])
+
+
+def test_an_empty_standard_input_is_one_line_and_status_1():
+    SMALL_MODEL.save_pretrained("small")
+    for stdin in (subprocess.DEVNULL, "closed"):
+        line = [sys.executable, str(SCRIPT), "--prompt", "-", "--init_from", "small"]
+        close = None if stdin == subprocess.DEVNULL else functools.partial(os.close, 0)
+        pipes = {"stdin": None if close else stdin, "preexec_fn": close}
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, **pipes)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "an empty prompt" in done.stderr
+
+
+def test_two_tasks_at_once_are_refused():
+    assert "--prompt and --export" in error_of(prompt="hello", export="new")
+    assert "--prompt and --eval_only" in error_of("--eval_only", prompt="hello")
+    assert "--eval_only and --export" in error_of("--eval_only", export="new")
+
+
+def test_lambada_is_for_eval_only():
+    assert "--lambada goes with --eval_only" in error_of(lambada="texts.jsonl")
+    assert "--lambada goes with --eval_only" in error_of(lambada="texts.jsonl", prompt="hello")
+
+
+def test_no_room_for_what_is_printed_is_one_line():
+    SMALL_MODEL.save_pretrained("small")
+    line = [sys.executable, str(SCRIPT), "--prompt", "a", "--init_from", "small"]
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "No space left" in done.stderr
 
 
 # ---- the run's folder ----------------------------------------------------------------------------

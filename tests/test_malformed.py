@@ -305,7 +305,7 @@ FLAGS = {
     "train --seed -1": "--seed -1",
     f"train --seed {2**64}": "--seed",
     f"train --max_steps {10**400}": "--max_steps",
-    "train --data_dir ''": "no train shards in ./",
+    "train --data_dir ''": "--data_dir is empty",
     "train --data_dir docs/a.txt": "docs/a.txt",
     f"train --data_dir {LONG}": LONG,
     "train --out_dir mine": "--resume auto",
@@ -322,6 +322,34 @@ FLAGS = {
     "train --init_from mine --block_size 32": "--block_size 32",
     f"train --init_from {LONG}": "no model",
     "train --prompt hello --init_from gpt5": "'gpt5'",
+    "train --prompt": "--prompt",
+    "train --prompt ''": "--prompt is empty",
+    "train --prompt a --temperature -1": "--temperature -1",
+    "train --prompt a --temperature nan": "--temperature nan",
+    "train --prompt a --temperature inf": "--temperature inf",
+    "train --prompt a --temperature hot": "--temperature",
+    "train --prompt a --top_k -1": "--top_k -1",
+    "train --prompt a --top_k 0.5": "--top_k",
+    f"train --prompt a --top_k {10**400}": "--top_k 1000",
+    "train --prompt a --top_p -0.1": "--top_p -0.1",
+    "train --prompt a --top_p 1.5": "--top_p 1.5",
+    "train --prompt a --top_p nan": "--top_p nan",
+    "train --prompt a --num_samples 0": "--num_samples 0",
+    "train --prompt a --num_samples -5": "--num_samples -5",
+    "train --prompt a --max_new_tokens 0": "--max_new_tokens 0",
+    "train --temperature 0.5": "--temperature goes with --prompt",
+    "train --top_k 5": "--top_k goes with --prompt",
+    "train --export new --top_p 0.5": "--top_p goes with --prompt",
+    "train --eval_only --num_samples 3": "--num_samples goes with --prompt",
+    "train --lambada docs/a.txt": "--lambada goes with --eval_only",
+    "train --prompt a --export new": "--prompt and --export",
+    "train --prompt a --init_from mine/step_000009.pt": "mine/step_000009.pt",
+    "train --init_from data/manifest.json": "no model 'data/manifest.json'",
+    "train --export new --init_from data": "data holds no GPT-2",
+    "train --export data --init_from mine": "data exists",
+    "train --export docs/a.txt --init_from mine": "docs/a.txt exists",
+    "train --export docs/a.txt/new --init_from mine": "docs/a.txt/new cannot be written",
+    f"train --export {LONG} --init_from mine": f"{LONG} cannot be written",
     "train_gpt2.py gpt3": "'gpt3'",
     "train_gpt2.py ''": "no preset ''",
     "train_gpt2.py --preset gpt2": "--preset",
@@ -393,9 +421,11 @@ WITH_CHECKPOINT = [
     "train --resume mine",
     "train --init_from mine",
     "train --prompt a --init_from mine",
+    f"train --export new --init_from {PT}",
     "hellaswag --model mine",
 ]
 WITH_EXPORT = ["train --init_from mine/hf", "hellaswag --model mine/hf"]
+WITH_EXPORT += ["train --export new --init_from mine/hf"]
 WITH_MANIFEST = ["train", "fineweb --verify data"]
 WITH_QUESTIONS = ["train --hellaswag_interval 1", "hellaswag --model mine"]
 
@@ -419,7 +449,7 @@ CHECKPOINTS = {
     "a pickle that runs a command": (put(PT, pickle.dumps(Harmful())), "damaged"),
     "an archive that runs a command": (
         saved(lambda parts: parts.update(model=Harmful())), "damaged"),
-    "a folder": (lambda: (Path(PT).unlink(), Path(PT).mkdir()), "damaged"),
+    "a folder": (lambda: (Path(PT).unlink(), Path(PT).mkdir()), PT),
     "a list": (saved(lambda parts: [*parts.values()]), "damaged"),
     "a tensor": (saved(lambda parts: torch.ones(3)), "damaged"),
     "another key": (saved(lambda parts: parts.update(epoch=1)), "another program"),
@@ -805,6 +835,7 @@ def test_the_cases_are_many():
 
 
 GOOD = ["train --resume mine", "train --init_from mine", "train --init_from mine/hf"]
+GOOD += [f"train --init_from {PT}", f"train --export new --init_from {PT}"]
 GOOD += ["train --prompt a --init_from mine", "train --hellaswag_interval 1"]
 GOOD += ["hellaswag --model mine", "fineweb --verify data", "fineweb docs --out new --val_tokens 9"]
 GOOD += [NEW, f"{NEW} --part 1/1", f"{NEW} --text_column nonsense --max_bad 0"]  # of a .txt file

@@ -110,6 +110,21 @@ def test_a_file_with_prefix_and_head_loads(tmp_path):
     assert_same_logits(GPT.from_pretrained(tmp_path), other, 97, 32)
 
 
+def test_an_mlp_said_to_be_four_times_as_wide_is_gpt2s(tmp_path):
+    other = exported(tmp_path)
+    change_config(tmp_path, n_inner=4 * 48)
+    assert_same_logits(GPT.from_pretrained(tmp_path), other, 97, 32)
+
+
+def test_weights_that_are_whole_numbers_are_named(tmp_path):
+    exported(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    weights[name] = weights[name].to(torch.int8)
+    save_file(weights, tmp_path / "model.safetensors")
+    assert f"{name} is of torch.int8" in error_of(tmp_path)
+
+
 def test_loaded_weights_stay_tied(tmp_path):
     exported(tmp_path)
     model = GPT.from_pretrained(tmp_path)
@@ -181,6 +196,9 @@ def test_a_damaged_config_is_one_line(tmp_path, text):
         {"layer_norm_epsilon": 1e-6},
         {"scale_attn_by_inverse_layer_idx": True},
         {"tie_word_embeddings": False},
+        {"n_inner": 100},
+        {"add_cross_attention": True},
+        {"quantization_config": {"load_in_8bit": True}},
     ],
 )
 def test_another_network_than_gpt2_is_one_line_that_names_the_difference(tmp_path, change):

@@ -113,7 +113,8 @@ def ranks_of(run) -> list[int]:
 def test_torchrun_restarts_a_run_whose_rank_has_died(workshop, whole_two, rank, out_dir):
     before = {*workshop.glob("log/*")}
     out_dir = out_dir and f"{out_dir}-{rank}"
-    run = start(workshop, ranks=2, torchrun=["--max-restarts=2"], out_dir=out_dir)
+    where = {"out_dir": out_dir} if out_dir else {}
+    run = start(workshop, ranks=2, torchrun=["--max-restarts=2"], **where)
     read_until(run, "step 23/")
     os.kill(ranks_of(run)[rank], signal.SIGKILL)
     said = run.communicate(timeout=90)[0]
