@@ -27,9 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +44,15 @@ import demo
 import fineweb
 import hellaswag
 import runs
+from devices import (
+    autocast_of,
+    peak_flops,
+    print0,
+    resolve_device,
+    resolve_dtype,
+    start_ranks,
+    sum_over_ranks,
+)
 from inference import Task, check_task, export, run_task
 
 # ---- hyperparameters: the part to tweak ----------------------------------------------------------
@@ -589,15 +596,6 @@ def is_spike(loss: float, before: Sequence[float]) -> bool:
 SAMPLE_PROMPT = "Hello, I'm a language model,"
 
 
-def sum_over_ranks(*values: float, device: torch.device) -> list[float]:
-    """Each value summed over all ranks."""
-    where = device if device.type == "cuda" else "cpu"  # what nccl reaches, and what gloo
-    totals = torch.tensor(values, dtype=torch.float64, device=where)
-    if dist.is_initialized():
-        dist.all_reduce(totals)
-    return totals.tolist()
-
-
 def val_windows(windows: Windows, config: Config) -> int:
     """How many windows have the split's first val_tokens tokens."""
     return max(1, min(config.val_tokens // config.block_size, len(windows)))
@@ -642,35 +640,7 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> li
     return [encoding.decode([t for t in row if t < encoding.n_vocab]) for row in idx.tolist()]
 
 
-# ---- devices and ranks ---------------------------------------------------------------------------
-
-
-def print0(text: str):
-    """Print on the first rank only."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        with suppress(OSError):  # standard output may be a file on a full disk
-            print(text, flush=True)
-
-
-def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """auto, cpu, cuda or mps to a device: with CUDA, to each rank of a machine its own."""
-    has_mps = torch.backends.mps.is_available()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if name == "cuda" and local_rank >= torch.cuda.device_count() or name == "mps" and not has_mps:
-        raise SystemExit(f"no {name} device for rank {local_rank} here: give --device cpu")
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto, float32, bfloat16 or float16 to the dtype of the matrix products."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type != "cuda":
-        return torch.float32
-    # GPUs before Ampere only emulate bfloat16, slowly
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bfloat16 else torch.float16
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def resolve_micro_batch_size(config: Config, device: torch.device, world_size: int) -> int:
@@ -696,47 +666,10 @@ def usual_micro_batch_size(device: torch.device) -> int:
     return 64 if torch.cuda.get_device_properties(device).total_memory > 75e9 else 16
 
 
-def autocast_of(dtype: torch.dtype, device: torch.device):
-    """The context in which matrix products have this dtype."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def start_ranks(world_size: int, device: torch.device, timeout: float):
-    """Ready the GPU, and let torchrun's processes meet."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, where autocast leaves float32
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        # torchrun's own store still has the addresses of the ranks before a restart (PyTorch's
-        # issue 135712): meet in a new one, a port further
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # longer than the watchdog waits, and than rank 0 takes to prepare
-        dist.init_process_group(backend, timeout=timedelta(seconds=max(1800, 2 * timeout)))
-
-
-# dense rates of bfloat16 products (V100 and T4: float16) in FLOP/s, from the vendors' data sheets
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "A10": 125e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12,
-}  # fmt: skip
-
-
-def peak_flops(device: torch.device) -> float:
-    """The GPU's peak in FLOP/s; nan where the table does not have it, and for CPUs."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((rate for gpu, rate in PEAK_FLOPS.items() if gpu in name), math.nan)
-
-
 def flops_per_token(config: Config, n_params: int) -> int:
     """Of forward and backward pass: 6 for each parameter, and 6 L C T for attention, half of the
     12 L C T in appendix B of the PaLM paper, since a causal kernel skips the other half."""
     return 6 * n_params + 6 * config.n_layer * config.n_embd * config.block_size
-
-
-# ---- the run -------------------------------------------------------------------------------------
 
 
 def model_of(path: Path, checkpoint: dict, dropout: float) -> GPT:
