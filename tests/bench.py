@@ -1,5 +1,6 @@
 """How much the project's choices bring, against the plain way: medians over interleaved rounds.
 
+    python tests/bench.py train        # a whole step, lever by lever, beside transformers'
     python tests/bench.py data         # waiting for batches: fetched ahead, or when needed
     python tests/bench.py memory       # of one step of the 124M: this model, or transformers'
     python tests/bench.py optimizer    # fused AdamW, or torch's default on a CPU
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,13 +34,22 @@ import numpy as np
 import pyarrow.parquet
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fineweb
 import hellaswag
 import runs
 import sources
 import train_gpt2
-from train_gpt2 import GPT, PRESETS, Config, configure_optimizer, get_batch, prefetch
+from train_gpt2 import (
+    GPT,
+    PRESETS,
+    Config,
+    configure_optimizer,
+    flops_per_token,
+    get_batch,
+    prefetch,
+)
 
 ROUNDS = 5
 
@@ -60,6 +71,147 @@ def compare(title: str, unit: str, ways: dict, rounds: int = ROUNDS) -> None:
     for name, r in results.items():
         median = statistics.median(r)
         print(f"  {name:25} {median:9.4g} {median / last:6.2f}x   {min(r):.4g} to {max(r):.4g}")
+
+
+LEVERS = ("low precision", "compile", "flash attention", "fused AdamW")
+
+
+def bench_train(preset: str = "", *wanted: str) -> None:
+    """Forward, backward and update: gpt2's at 64 x 1024 tokens on a GPU; on a CPU the demo's, or,
+    if asked for, gpt2's at 4 x 256; of the ways those with a wanted word. A process for each, so
+    that each has its own peak memory; while one works the others wait."""
+    on_gpu = torch.cuda.is_available()
+    preset = preset or ("gpt2" if on_gpu else "demo")
+    ours = [lever for lever in LEVERS if on_gpu or lever not in ("low precision", "compile")]
+    ways = {
+        "this trainer": ours,
+        **({} if on_gpu else {"this trainer, compiled": [*ours, "compile"]}),
+        "no lever": [],
+        **{f"{lever} alone": [lever] for lever in LEVERS},
+        "transformers, compiled": ["transformers", "compile"],
+        "transformers, plain": ["transformers"],
+    }
+    if wanted:
+        plain = "transformers, plain"
+        ways = {n: w for n, w in ways.items() if n == plain or any(word in n for word in wanted)}
+    spawn = multiprocessing.get_context("spawn")
+    learners, processes = {}, []
+    for name, levers in ways.items():
+        ask, answer = spawn.Pipe()
+        process = spawn.Process(target=learn, args=(preset, levers, answer), daemon=True)
+        process.start()
+        answer.close()  # so that the end of the process is the end of its answers
+        print(f"\r{name + ': the first step':60}", end="", flush=True)
+        ask.recv()  # built, compiled and warm, before the next one begins
+        learners[name] = ask
+        processes.append(process)
+    results = {name: [] for name in ways}
+    for _, (name, ask) in itertools.product(range(ROUNDS), learners.items()):
+        ask.send("a turn")
+        results[name].append(ask.recv())
+    for ask in learners.values():
+        ask.send("")  # no turn any more
+    for process in processes:
+        process.join()  # what follows is measured on a quiet machine
+
+    config, device = sizes_of(preset)
+    exact = flops_per_token(config, sum(p.numel() for p in GPT(config).parameters()))
+    in_full = exact + 6 * config.n_layer * config.n_embd * config.block_size
+    rate = matrix_rate(device)
+    title = f"{preset}, {config.micro_batch_size} x {config.block_size} tokens a step on {device}"
+    print(f"\r{title:60}")
+    print(f"  {exact / 1e6:,.1f}M FLOPs a token: 6 N + 6 L C T, causal attention counted as half")
+    print(f"  ({in_full / 1e6:,.1f}M: 6 N + 12 L C T, in full)")
+    print(f"  the largest products reach {rate / 1e12:.3g} TFLOP/s: {rate / exact:,.0f} tokens/s")
+    print(f"  {'':28} tokens/s  times plain  share of that    mfu   peak GiB")
+    median = {name: statistics.median(r[0] for r in turns) for name, turns in results.items()}
+    for name, turns in results.items():
+        r, peak = median[name], max(r[1] for r in turns)
+        times, share = r / median["transformers, plain"], r * exact / rate
+        mfu = r * exact / train_gpt2.peak_flops(device)  # nan: a CPU's peak is not known
+        print(f"  {name:28} {r:8,.0f} {times:12.2f} {share:14.2f} {mfu:6.2f} {peak:10.2f}")
+
+
+def sizes_of(preset: str) -> tuple[Config, torch.device]:
+    """A preset's network, and as many sequences as the benchmark takes at once."""
+    device, config = train_gpt2.resolve_device("auto"), PRESETS[preset]
+    if not config.micro_batch_size and device.type == "cuda":
+        config = replace(config, micro_batch_size=64)
+    elif not config.micro_batch_size:
+        config = replace(config, micro_batch_size=4, block_size=256)
+    else:
+        B = config.total_batch_size // config.block_size
+        config = replace(config, micro_batch_size=B)
+    return config, device
+
+
+def matrix_rate(device: torch.device) -> float:
+    """FLOP/s of a large product in the dtype that training takes here."""
+    n, dtype = (8192 if device.type == "cuda" else 2048), train_gpt2.resolve_dtype("auto", device)
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+
+    def product() -> None:
+        c = a @ b
+        c[0, 0].item()  # waits for the GPU
+
+    return 2 * n**3 / min(clock(product) for _ in range(10))
+
+
+def learn(preset: str, levers: list[str], answer) -> None:
+    """A process that makes a turn of steps whenever it is asked to, and answers with tokens/s and
+    its peak memory in GiB."""
+    config, device = sizes_of(preset)
+    on_gpu, B, T = device.type == "cuda", config.micro_batch_size, config.block_size
+    torch.manual_seed(0)
+    theirs = "transformers" in levers
+    if theirs:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_positions=T,
+                vocab_size=config.vocab_size, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+                bos_token_id=None, eos_token_id=None,
+            )
+        ).to(device)  # fmt: skip
+        optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1)
+    else:
+        model = GPT(config).to(device)
+        fused = "fused AdamW" in levers
+        optimizer = configure_optimizer(model, config, device.type if fused else "other")
+    # the plainest loop has autocast on a GPU, as everybody's
+    low = "low precision" in levers or theirs and on_gpu
+    dtype = torch.bfloat16 if low else torch.float32
+    handle = torch.compile(model) if "compile" in levers else model
+    written_out = not theirs and "flash attention" not in levers
+    tokens = torch.randint(config.vocab_size, (B, T + 1), device=device)
+    x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # each (B, T)
+
+    def step() -> None:
+        attention = sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext()
+        with train_gpt2.autocast_of(dtype, device), attention:
+            if theirs:
+                loss = handle(x, labels=x).loss
+            else:
+                _, loss = handle(x, y)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    for _ in range(3):  # the last one is warm
+        seconds = clock(step)
+    n_steps = max(1, round(1.5 / seconds))
+    answer.send("ready")
+    while answer.recv():
+        seconds = clock(lambda: [step() for _ in range(n_steps)])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.empty_cache()  # what is free belongs to the next one
+        answer.send((n_steps * B * T / seconds, peak / 2**30))
 
 
 def bench_data() -> None:
@@ -331,7 +483,7 @@ if __name__ == "__main__":
         "argument",
         nargs="*",
         help="shakespeare: a text file; and where wanted: fineweb: a .parquet file, hellaswag: "
-        "its file, sampling: a number of tokens",
+        "its file, sampling: a number of tokens, train: a preset, and words of the ways to try",
     )
     arguments = parser.parse_args()
     globals()[f"bench_{arguments.name}"](*arguments.argument)
