@@ -256,6 +256,40 @@ class Block(nn.Module):
         return x
 
 
+class HeadLoss(torch.autograd.Function):
+    """The head and the mean cross-entropy in one, some rows at a time. All logits at once would be
+    the largest thing in memory, several times over: as products, in float32, as gradients. So both
+    gradients are computed while a part's logits are there, and only these are kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size: int, learning: bool):
+        """x (N, C), weight (V, C), targets (N,) below vocab_size, to nats: a mean over N."""
+        n_parts = min(8, math.ceil(len(x) * len(weight) / 2**24))
+        grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
+        loss = torch.zeros((), device=x.device)
+        parts = zip(*(t.chunk(n_parts) for t in (x, targets[:, None], grad_x)), strict=True)
+        for x_part, y, grad_part in parts:  # (n, C), (n, 1), (n, C)
+            logits = F.linear(x_part, weight).float()  # (n, V)
+            logits[:, vocab_size:] = -math.inf  # what pads the vocabulary
+            log_sum = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
+            loss += (log_sum - logits.gather(1, y)).sum()
+            if learning:
+                # in the logits the gradient is what the model expects minus what came
+                surprise = (logits - log_sum).exp()  # (n, V)
+                surprise.scatter_add_(1, y, torch.full_like(log_sum, -1.0))
+                grad_part += surprise @ weight
+                grad_weight += surprise.t() @ x_part
+        ctx.save_for_backward(grad_x, grad_weight)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # the mean's 1 / N comes here: in float16 the parts would be too small for it
+        grad_x, grad_weight = ctx.saved_tensors
+        grad = grad / len(grad_x)
+        return grad_x * grad, grad_weight * grad, None, None, None
+
+
 class GPT(nn.Module):
     """GPT-2, with the parameter names of OpenAI's release."""
 
@@ -320,11 +354,15 @@ class GPT(nn.Module):
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
         """idx (B, T) int64, T up to block_size, to the logits (B, T, vocab_size) of the tokens that
-        follow; and, given these as targets (B, T), their mean cross-entropy in nats, else None."""
-        logits = self.logits(self.hidden(idx))
+        follow, and None; given these as targets (B, T), to None, and their mean cross-entropy in
+        nats."""
+        x = self.hidden(idx)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.logits(x), None
+        return None, HeadLoss.apply(
+            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, num_samples=1, **how) -> torch.Tensor:

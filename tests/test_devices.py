@@ -10,7 +10,8 @@ def test_autocast_keeps_parameters_gradients_and_loss_in_float32():
     torch.manual_seed(0)
     model = GPT(Config(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11))
     with torch.autocast("cpu", torch.bfloat16):
-        logits, loss = model(*torch.randint(11, (2, 2, 8)))
+        x, y = torch.randint(11, (2, 2, 8))
+        (logits, _), (_, loss) = model(x), model(x, y)
     loss.backward()
     assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())

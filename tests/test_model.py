@@ -3,7 +3,9 @@
 import math
 
 import numpy as np
+import pytest
 import torch
+from torch.nn import functional as F
 
 from train_gpt2 import GPT, PRESETS, Block, CausalSelfAttention, Config
 
@@ -71,11 +73,36 @@ def test_loss_is_the_mean_cross_entropy_in_nats():
     torch.manual_seed(0)
     model = GPT(Config(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11))
     idx, targets = torch.randint(11, (2, 2, 8))
-    logits, loss = model(idx, targets)
+    (logits, _), (_, loss) = model(idx), model(idx, targets)
     p = np.exp(logits.detach().double().numpy())
     p /= p.sum(axis=-1, keepdims=True)
     picked = np.take_along_axis(p, targets.numpy()[..., None], axis=-1)
     assert math.isclose(loss.item(), -np.log(picked).mean(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("T, n_parts", [(16, 1), (90, 3), (300, 8)])
+def test_the_loss_in_parts_has_the_gradients_of_all_logits_at_once(T, n_parts, dtype, tolerance):
+    torch.manual_seed(0)
+    model = GPT(Config(n_layer=1, n_head=2, n_embd=16, block_size=T, vocab_size=50257))
+    x, y = torch.randint(50257, (2, 10, T))
+    assert min(8, math.ceil(x.numel() * 50304 / 2**24)) == n_parts
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    with autocast:
+        _, loss = model(x, y)
+    (5 * loss).backward()  # a scaler multiplies, and accumulation divides
+    grads = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    with autocast:
+        logits, _ = model(x)
+    expected = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+    (5 * expected).backward()
+    assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        assert (p.grad - grad).abs().max() <= tolerance * p.grad.abs().max()
+    assert (grads[0][50257:] == 0).all()  # what pads the vocabulary learns nothing
+    with torch.no_grad(), autocast:
+        assert model(x, y)[1].item() == loss.item()
 
 
 def test_initialization_has_openais_deviations():
