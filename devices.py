@@ -67,6 +67,30 @@ def sum_over_ranks(*values: float, device: torch.device) -> list[float]:
     return totals.tolist()
 
 
+def fits_memory(model: torch.nn.Module, B: int, T: int, autocast) -> bool:
+    """Whether every rank's GPU has room for the forward and backward pass of B sequences of T
+    tokens. Compiled they take less."""
+    device = next(model.parameters()).device
+
+    def failures() -> int:
+        try:
+            # what a step will find there: two moments, DDP's buckets, and a reserve like these
+            held = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
+            idx = torch.zeros(B, T, dtype=torch.int64, device=device)
+            with autocast:
+                _, loss = model(idx, idx)
+            loss.backward()
+            del held
+        except torch.OutOfMemoryError:
+            return 1
+        return 0
+
+    failed = failures()
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    return not any(sum_over_ranks(failed, device=device))
+
+
 # dense rates of bfloat16 products (V100 and T4: float16) in FLOP/s, from the vendors' data sheets
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,

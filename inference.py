@@ -309,7 +309,7 @@ def measure(config, lambada: str):
     how = {"rank": rank, "world_size": world_size, "progress": rank == 0, "autocast": autocast}
     trainer.print0(f"{config.init_from}, {sum(p.numel() for p in model.parameters()):,} parameters")
     if windows:
-        B = config.micro_batch_size or trainer.usual_micro_batch_size(device)
+        B = 8 if config.micro_batch_size == "auto" else config.micro_batch_size
         mine = range(rank, trainer.val_windows(windows, config), world_size)
         starts = tqdm(range(0, len(mine), B), unit="batch", disable=rank > 0, leave=False)
         batches = (windows.stack(mine[i : i + B]) for i in starts)

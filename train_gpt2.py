@@ -46,6 +46,7 @@ import hellaswag
 import runs
 from devices import (
     autocast_of,
+    fits_memory,
     peak_flops,
     print0,
     resolve_device,
@@ -103,8 +104,8 @@ class Config:
     # nothing below changes the losses: a continued run may have it otherwise
     data_dir: str = "edu_fineweb10B"
     """folder of the token shards, as fineweb.py makes them"""
-    micro_batch_size: int = 0
-    """sequences in one forward pass: costs memory; 0: 64 on a GPU of 80 GB, 16 on others, else 4"""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """sequences in one forward pass; auto: as many as fit a GPU's memory, found by trial, else 4"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, else Apple's MPS, else the CPU"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -681,27 +682,28 @@ def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> li
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def resolve_micro_batch_size(config: Config, device: torch.device, world_size: int) -> int:
-    """Sequences of a forward pass. SystemExit if the batch does not divide."""
+def resolve_micro_batch_size(
+    config: Config, world_size: int, fits: Callable[[int], bool] = lambda B: B <= 4
+) -> int:
+    """Sequences of a forward pass; for auto the largest power of two that fits, and divides a
+    rank's step. SystemExit if the batch does not divide."""
     sequences, rest = divmod(config.total_batch_size, config.block_size * world_size)
     if rest or not sequences:
         raise SystemExit(
             f"--total_batch_size {config.total_batch_size} is no multiple of {world_size} ranks x "
             f"--block_size {config.block_size}: give one that is"
         )
-    if sequences % (config.micro_batch_size or 1):
+    if config.micro_batch_size == "auto":
+        B = math.gcd(sequences, 2**30)
+        while B > 1 and not fits(B):
+            B //= 2
+        return B
+    if sequences % config.micro_batch_size:
         raise SystemExit(
             f"--micro_batch_size {config.micro_batch_size} does not divide the {sequences} "
             "sequences of a rank's step: give one that does"
         )
-    return config.micro_batch_size or math.gcd(sequences, usual_micro_batch_size(device))
-
-
-def usual_micro_batch_size(device: torch.device) -> int:
-    """Sequences of 1,024 tokens that a forward and backward pass of GPT-2 124M has room for."""
-    if device.type != "cuda":
-        return 4
-    return 64 if torch.cuda.get_device_properties(device).total_memory > 75e9 else 16
+    return config.micro_batch_size
 
 
 def flops_per_token(config: Config, n_params: int) -> int:
@@ -766,9 +768,14 @@ def check_config(config: Config):
     """SystemExit naming the first hyperparameter that makes no sense."""
     for f in fields(config):
         name, value, kind = f.name, getattr(config, f.name), type(f.default)
+        if name == "micro_batch_size":
+            if value == "auto":
+                continue
+            kind = int
         if not isinstance(value, int | float if kind is float else kind):  # not from a flag
             raise SystemExit(f"--{name} {value!r}: give it a value of type {kind.__name__}")
-        least = 1 if name.startswith(("n_", "block", "vocab", "total", "max_steps")) else 0
+        positive = ("n_", "block", "vocab", "total", "micro", "max_steps")
+        least = 1 if name.startswith(positive) else 0
         below = 1.0 if name in ("dropout", "beta1", "beta2") else 1e18 if kind is int else math.inf
         if kind in (int, float) and not least <= value < below:
             raise SystemExit(f"--{name} {value}: give {least} or more, and less than {below}")
@@ -840,9 +847,8 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
     device = resolve_device(config.device, local_rank)
     dtype = resolve_dtype(config.dtype, device)
     autocast = autocast_of(dtype, device)
-    B, T = resolve_micro_batch_size(config, device, world_size), config.block_size
-    config = replace(config, micro_batch_size=B)
-    grad_accum_steps = config.total_batch_size // (B * T * world_size)
+    T = config.block_size
+    B = resolve_micro_batch_size(config, world_size)  # or says now that the batch does not divide
     start_ranks(world_size, device, config.timeout)
 
     # rank 0 goes first: it fetches what is missing, and says once what is wrong
@@ -870,6 +876,13 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
     if rank == 0:
         log = runs.RunLog(folder, config, first_step)
         writer = runs.CheckpointWriter(folder, config, data)
+
+    raw_model.to(device)
+    if config.micro_batch_size == "auto" and device.type == "cuda":
+        trial = functools.partial(fits_memory, raw_model, T=T, autocast=autocast)
+        B = resolve_micro_batch_size(config, world_size, trial)
+    config = replace(config, micro_batch_size=B)
+    grad_accum_steps = config.total_batch_size // (B * T * world_size)
     print0(
         f"{folder} from step {first_step} | {n_params:,} parameters | {device}, {dtype} | "
         f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens | "
@@ -877,7 +890,6 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
     )
 
     # two handles: raw_model for what comes in other shapes, model (compiled, wrapped) for the rest
-    raw_model.to(device)
     model = torch.compile(raw_model) if config.compile else raw_model
     if world_size > 1:
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)

@@ -135,9 +135,9 @@ def bench_train(preset: str = "", *wanted: str) -> None:
 def sizes_of(preset: str) -> tuple[Config, torch.device]:
     """A preset's network, and as many sequences as the benchmark takes at once."""
     device, config = train_gpt2.resolve_device("auto"), PRESETS[preset]
-    if not config.micro_batch_size and device.type == "cuda":
+    if config.micro_batch_size == "auto" and device.type == "cuda":
         config = replace(config, micro_batch_size=64)
-    elif not config.micro_batch_size:
+    elif config.micro_batch_size == "auto":
         config = replace(config, micro_batch_size=4, block_size=256)
     else:
         B = config.total_batch_size // config.block_size

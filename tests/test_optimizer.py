@@ -1,12 +1,21 @@
 """Schedule, AdamW, accumulation and clipping against their formulas."""
 
+import functools
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
-from train_gpt2 import GPT, Config, configure_optimizer, get_lr, resolve_micro_batch_size
+from devices import fits_memory
+from train_gpt2 import (
+    GPT,
+    Config,
+    configure_optimizer,
+    get_lr,
+    resolve_micro_batch_size,
+)
 
 
 def config(**changes):
@@ -126,11 +135,31 @@ def test_one_batch_is_learned_by_heart():
 )
 def test_a_batch_that_does_not_divide_is_told_in_one_line(batch, says):
     with pytest.raises(SystemExit, match=says) as error:
-        resolve_micro_batch_size(config(**batch), torch.device("cpu"), world_size=1)
+        resolve_micro_batch_size(config(**batch), world_size=1)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("sequences, chosen", [(512, 4), (6, 2), (7, 1)])
-def test_a_micro_batch_of_0_is_chosen_to_divide(sequences, chosen):
-    settings = config(total_batch_size=16 * sequences, micro_batch_size=0)
-    assert resolve_micro_batch_size(settings, torch.device("cpu"), world_size=1) == chosen
+def test_an_automatic_micro_batch_divides(sequences, chosen):
+    settings = config(total_batch_size=16 * sequences)
+    assert resolve_micro_batch_size(settings, world_size=1) == chosen
+
+
+@pytest.mark.parametrize("room, chosen", [(1000, 64), (64, 64), (63, 32), (9, 8), (0, 1)])
+def test_auto_finds_the_largest_micro_batch_that_fits(room, chosen, monkeypatch):
+    model, forward, tried = tiny(), GPT.forward, []
+
+    def in_little_memory(self, idx, targets):
+        tried.append(len(idx))
+        if len(idx) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, idx, targets)
+
+    monkeypatch.setattr(GPT, "forward", in_little_memory)
+    trial = functools.partial(fits_memory, model, T=16, autocast=nullcontext())
+    settings = config(total_batch_size=16 * 64)
+    assert resolve_micro_batch_size(settings, 1, trial) == chosen
+    assert tried == [64 >> i for i in range(len(tried))]
+    assert all(p.grad is None for p in model.parameters())  # the trial leaves nothing behind
+    given = config(total_batch_size=16 * 64, micro_batch_size=16)
+    assert resolve_micro_batch_size(given, 1, trial) == 16  # as it is, untried
