@@ -841,6 +841,7 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
     check_config(config)
     if task and (what := check_task(task)):
         return run_task(what, config, task)
+    started = time.perf_counter()
     rank = int(os.environ.get("RANK", 0))  # torchrun's variables
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -890,6 +891,8 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
     )
 
     # two handles: raw_model for what comes in other shapes, model (compiled, wrapped) for the rest
+    if config.compile:  # what is compiled is kept beside the runs, for the next one
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.abspath("log/compiled"))
     model = torch.compile(raw_model) if config.compile else raw_model
     if world_size > 1:
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
@@ -1012,6 +1015,11 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
         if rank == 0 and writer.failure:
             line += f" | checkpoint not written: {writer.failure}"
         print0(line)
+        if step == first_step:
+            seconds = time.perf_counter() - started
+            print0(
+                f"{name} | the first step took {dt:.1f} s and ended {seconds:.1f} s after the start"
+            )
         if rank == 0:
             log.write(step, "train", loss)
             if bad_steps:
