@@ -895,7 +895,8 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.abspath("log/compiled"))
     model = torch.compile(raw_model) if config.compile else raw_model
     if world_size > 1:
-        model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        devices = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
     optimizer = configure_optimizer(raw_model, config, device.type)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:

@@ -1,6 +1,7 @@
 """How much the project's choices bring, against the plain way: medians over interleaved rounds.
 
     python tests/bench.py train        # a whole step, lever by lever, beside transformers'
+    python tests/bench.py scaling      # one rank, or two that share the step
     python tests/bench.py data         # waiting for batches: fetched ahead, or when needed
     python tests/bench.py memory       # of one step of the 124M: this model, or transformers'
     python tests/bench.py optimizer    # fused AdamW, or torch's default on a CPU
@@ -18,6 +19,7 @@ import copy
 import itertools
 import multiprocessing
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -215,6 +217,30 @@ def learn(preset: str, levers: list[str], answer) -> None:
             peak = torch.cuda.max_memory_allocated()
             torch.cuda.empty_cache()  # what is free belongs to the next one
         answer.send((n_steps * B * T / seconds, peak / 2**30))
+
+
+def bench_scaling() -> None:
+    """The trainer itself under torchrun, a thread a rank, the demo's network."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = np.random.default_rng(0).integers(257, size=1_000_000).astype(np.uint16)
+        np.save(f"{folder}/x_train_000000.npy", tokens)
+        off = "--val_interval 0 --hellaswag_interval 0 --sample_interval 0 --checkpoint_interval 0"
+        script = Path(train_gpt2.__file__)
+
+        def milliseconds(n_ranks: int) -> float:
+            """The median step of a short run."""
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc_per_node={n_ranks}", script, "shakespeare_char", *off.split()]
+            command += ["--data_dir", folder, "--max_steps", "40", "--device", "cpu"]
+            command += ["--micro_batch_size", str(12 // n_ranks)]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            out = subprocess.run(command, cwd=folder, env=environment, check=True,
+                                 capture_output=True, text=True).stdout  # fmt: skip
+            times = re.findall(r" (\d+) ms ", out)
+            return statistics.median(map(int, times[10:]))
+
+        ways = {f"{n} rank{'s' * (n > 1)}": lambda n=n: milliseconds(n) for n in (2, 1)}
+        compare("a step of 12 x 64 tokens, a thread a rank", "ms", ways, rounds=3)
 
 
 def bench_data() -> None:
