@@ -65,9 +65,24 @@ class Task:
     """with --eval_only: a file of texts, LAMBADA's, whose last words to predict"""
     export: str = ""
     """write the weights into this new folder, for transformers"""
+    plan: bool = False
+    """print what the run would take, without training: parameters, FLOPs, memory, hours, dollars"""
+    gpus: int = 1
+    """with --plan: ranks"""
+    gpu: str = ""
+    """with --plan: a GPU of the table (H100, A100, ...), whose peak rate gives the hours at an
+    assumed MFU"""
+    tokens_per_second: float = 0.0
+    """with --plan: a measured rate of all ranks together, instead of --gpu's"""
+    dollars_per_gpu_hour: float = 0.0
+    """with --plan: what the hours cost"""
 
 
-TASKS = ("prompt", "eval_only", "export")
+TASKS = ("prompt", "eval_only", "export", "plan")
+NEEDED = {  # by other options, which go with --prompt
+    "lambada": "eval_only",
+    **dict.fromkeys(("gpus", "gpu", "tokens_per_second", "dollars_per_gpu_hour"), "plan"),
+}
 
 
 def check_task(task: Task) -> str:
@@ -77,11 +92,12 @@ def check_task(task: Task) -> str:
     if len(wanted) > 1:
         raise SystemExit(f"{' and '.join(f'--{name}' for name in wanted)}: give one of them")
     for name in sorted(given - {*TASKS}):
-        needed = "eval_only" if name == "lambada" else "prompt"
+        needed = NEEDED.get(name, "prompt")
         if needed not in given:
             raise SystemExit(f"--{name} goes with --{needed}: give both, or none")
     bounds = {"num_samples": (1, 10**6), "max_new_tokens": (1, 10**9), "top_k": (0, 10**9)}
-    bounds |= {"temperature": (0, 10**9), "top_p": (0, 1)}
+    bounds |= {"temperature": (0, 10**9), "top_p": (0, 1), "gpus": (1, 10**6)}
+    bounds |= {"tokens_per_second": (0, 10**12), "dollars_per_gpu_hour": (0, 10**9)}
     for name, (least, most) in bounds.items():
         if not least <= getattr(task, name) <= most:  # nan neither
             raise SystemExit(f"--{name} {getattr(task, name)}: give {least} to {most}")
@@ -96,6 +112,10 @@ def run_task(what: str, config, task: Task):
         return measure(config, task.lambada)
     if int(os.environ.get("RANK", 0)) > 0:
         return
+    if what == "plan":
+        from plan import plan  # here, not above: it imports this module
+
+        return plan(config, task)
     source = config.init_from or "gpt2"
     if what == "export":
         folder = Path(task.export)
