@@ -86,6 +86,9 @@ class Config:
     """peak learning rate (GPT-3, table 2.1)"""
     min_lr: float = 6e-5
     """learning rate at the end: a tenth of the peak"""
+    cooldown: float = 0.0
+    """share of the updates, the last ones, in which the rate falls along a line to min_lr, after it
+    was constant; 0: half a cosine all the way from the warm-up"""
     warmup_steps: int = 715
     """updates of linear warm-up: GPT-3's 375M tokens / 2**19"""
     weight_decay: float = 0.1
@@ -604,9 +607,13 @@ def prefetch(fetch: Callable, arguments: Iterable[tuple], ahead: int = 4) -> Ite
 
 
 def get_lr(step: int, config: Config) -> float:
-    """The learning rate of update `step`: linear warm-up, then half a cosine down to min_lr."""
+    """The learning rate of update `step`: linear warm-up, then half a cosine down to min_lr; or,
+    with a cooldown, a constant rate and then a line (Hägele et al. 2024)."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps  # + 1: a rate of 0 would waste a step
+    if config.cooldown:
+        left = (config.max_steps - step) / (config.cooldown * config.max_steps)  # of the cooldown
+        return config.min_lr + max(0.0, min(1.0, left)) * (config.lr - config.min_lr)
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))  # from 1 to 0
     return config.min_lr + cosine * (config.lr - config.min_lr)
@@ -776,7 +783,8 @@ def check_config(config: Config):
             raise SystemExit(f"--{name} {value!r}: give it a value of type {kind.__name__}")
         positive = ("n_", "block", "vocab", "total", "micro", "max_steps")
         least = 1 if name.startswith(positive) else 0
-        below = 1.0 if name in ("dropout", "beta1", "beta2") else 1e18 if kind is int else math.inf
+        shares = ("dropout", "beta1", "beta2", "cooldown")
+        below = 1.0 if name in shares else 1e18 if kind is int else math.inf
         if kind in (int, float) and not least <= value < below:
             raise SystemExit(f"--{name} {value}: give {least} or more, and less than {below}")
     if config.n_embd % config.n_head:

@@ -64,6 +64,17 @@ def test_a_run_may_end_with_its_warm_up():
     assert all(0.0 < rate <= 0.3 + 1e-12 for rate in rates)
 
 
+def test_a_cooldown_is_a_line_after_a_constant_rate():
+    settings = schedule(cooldown=0.4)  # of 110 updates, 44
+    assert [get_lr(step, settings) for step in range(5)] == pytest.approx(
+        [0.03, 0.06, 0.09, 0.12, 0.15]
+    )
+    assert {get_lr(step, settings) for step in range(10, 67)} == {0.3}
+    for step in range(66, 111):
+        assert get_lr(step, settings) == pytest.approx(0.1 + 0.2 * (110 - step) / 44)
+    assert get_lr(500, settings) == pytest.approx(0.1)
+
+
 def test_exactly_the_matrices_decay():
     model = tiny(weight_decay=0.25)
     groups = configure_optimizer(model, model.config, "cpu").param_groups
