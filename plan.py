@@ -82,14 +82,16 @@ def step_memory(config, dtype: torch.dtype, grad_accum_steps: int, device_type: 
         if device_type == "cuda":
             for block in model.transformer.h:
                 block.attn.dropout = 0.0  # it keeps a seed there, and the (T, T) weights on a CPU
-        optimizer = trainer.configure_optimizer(model, config, "cpu")
+        muon = trainer.configure_muon(model, config)
+        optimizers = [trainer.configure_optimizer(model, config, "cpu"), *([muon] if muon else [])]
 
         # a step before: it leaves the optimizer its state, whatever that is
         live.enter("gradients")
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         live.enter("optimizer state")
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if grad_accum_steps == 1:  # else these stand for those of the micro-step before
             model.zero_grad(set_to_none=True)
 
@@ -110,7 +112,8 @@ def step_memory(config, dtype: torch.dtype, grad_accum_steps: int, device_type: 
         live.enter("gradients")
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         live.enter("optimizer state")
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     return live.peak
 
 

@@ -55,7 +55,8 @@ def load_checkpoint(path: Path) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of them is an error too
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # plain data only
-        if {k: type(v) for k, v in checkpoint.items()} != PARTS or checkpoint["step"] < 0:
+        parts = PARTS | ({"muon": dict} if "muon" in checkpoint else {})
+        if {k: type(v) for k, v in checkpoint.items()} != parts or checkpoint["step"] < 0:
             raise ValueError("it is of another program")
         return checkpoint
     except FileNotFoundError:
@@ -87,7 +88,8 @@ def check_same_experiment(config, checkpoint: dict, data: str, network: tuple[st
     """Print what differs from the hyperparameters, and the data, that the run had. SystemExit if
     it would not go on as the same experiment and resume_anyway is not set."""
     now = asdict(config) | {"data": data}
-    then = now | checkpoint["config"] | {"data": checkpoint["data"]}
+    # what a run of an earlier version does not name it had as it is by default
+    then = now | asdict(type(config)()) | checkpoint["config"] | {"data": checkpoint["data"]}
     names = [field.name for field in fields(config)]
     harmless = {*names[names.index("data_dir") :]}  # as Config says there
     differ = [name for name in now if now[name] != then[name] and name not in ABOUT_THE_START]
@@ -100,7 +102,9 @@ def check_same_experiment(config, checkpoint: dict, data: str, network: tuple[st
     network = [name for name in network if name in changes]
     if network:
         flags = " ".join(f"--{name} {then[name]}" for name in network)
-        raise SystemExit(f"a run keeps its network: give {flags}, or begin another run")
+        raise SystemExit(
+            f"a run keeps its network and its optimizer: give {flags}, or begin another run"
+        )
     if changes and not config.resume_anyway:
         raise SystemExit(
             f"{', '.join(changes)} would change the experiment: give the run's, as above, or add "
@@ -232,13 +236,14 @@ class CheckpointWriter:
         self.pending = None
         self.failure = ""  # why the last attempt failed
 
-    def save(self, step: int, model, optimizer, scaler):
+    def save(self, step: int, model, optimizer, scaler, muon=None):
         """Copy all states to host memory, and leave the rest to a thread. Data and dropout are
         functions of the step, so no generator needs saving."""
         self.wait()  # the copies are in use until their file is written
         if self.failure and not self.has_room():
             return  # tried again at every step: it should not stop the loop for nothing
         states = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        states |= {"muon": muon} if muon else {}
         checkpoint = {name: self.copy(part.state_dict()) for name, part in states.items()}
         checkpoint |= {"step": step, "config": asdict(self.config), "data": self.data}
         self.pending = self.thread.submit(self.write, step, checkpoint)

@@ -91,8 +91,12 @@ class Config:
     was constant; 0: half a cosine all the way from the warm-up"""
     warmup_steps: int = 715
     """updates of linear warm-up: GPT-3's 375M tokens / 2**19"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonal updates for the blocks' matrices, AdamW for the rest"""
+    muon_lr: float = 0.02
+    """Muon's peak learning rate, on lr's schedule; a matrix moves by about so much of its norm"""
     weight_decay: float = 0.1
-    """AdamW's, on matrices only"""
+    """on matrices only"""
     beta1: float = 0.9
     """AdamW's memory of the gradient"""
     beta2: float = 0.95
@@ -619,9 +623,24 @@ def get_lr(step: int, config: Config) -> float:
     return config.min_lr + cosine * (config.lr - config.min_lr)
 
 
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices of the blocks, which map vectors to vectors: neither embeddings nor the head."""
+    return [p for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name]
+
+
+def configure_muon(model: nn.Module, config: Config) -> torch.optim.Muon | None:
+    """Muon for the hidden matrices, if the configuration wants it."""
+    if config.optimizer == "adamw":
+        return None
+    decay = config.weight_decay
+    return torch.optim.Muon(hidden_matrices(model), lr=config.muon_lr, weight_decay=decay)
+
+
 def configure_optimizer(model: nn.Module, config: Config, device_type: str) -> torch.optim.AdamW:
-    """AdamW that decays matrices (2 dimensions: linear layers, embeddings) and nothing else."""
-    params = list(model.parameters())
+    """AdamW for what is not Muon's. It decays matrices (2 dimensions: linear layers, embeddings)
+    and nothing else."""
+    taken = {*hidden_matrices(model)} if config.optimizer == "muon" else set()
+    params = [p for p in model.parameters() if p not in taken]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
@@ -730,13 +749,18 @@ def model_of(path: Path, checkpoint: dict, dropout: float) -> GPT:
         n_positions = len(checkpoint["model"]["transformer.wpe.weight"])
         config = replace(config, block_size=n_positions, dropout=dropout)
         model = GPT.with_weights(config, checkpoint["model"])
-        # in configure_optimizer's order; there are none before the first update
-        params = sorted(model.parameters(), key=lambda p: p.dim() < 2)
-        shapes = [{"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for p in params]
-        moments = checkpoint["optimizer"]["state"].items()
-        found = {i: {key: w.shape for key, w in state.items()} for i, state in moments}
-        if found and found != dict(enumerate(shapes)):
-            raise ValueError("the optimizer's moments are of other weights")
+        adamw, muon = configure_optimizer(model, config, "cpu"), configure_muon(model, config)
+        for name, optimizer, keys in (
+            ("optimizer", adamw, ("step", "exp_avg", "exp_avg_sq")),
+            ("muon", muon, ("momentum_buffer",)),
+        ):
+            groups = optimizer.param_groups if optimizer else []
+            shapes = [p.shape for group in groups for p in group["params"]]
+            shapes = [{key: () if key == "step" else shape for key in keys} for shape in shapes]
+            states = checkpoint[name]["state"].items() if optimizer else ()
+            found = {i: {key: w.shape for key, w in state.items()} for i, state in states}
+            if found and found != dict(enumerate(shapes)):  # there are none before the first update
+                raise ValueError("the optimizer's moments are of other weights")
         return model
     except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -870,7 +894,7 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
         prepared = prepare(config, path, checkpoint)
         config, raw_model, data, *_ = prepared
         if checkpoint:
-            runs.check_same_experiment(config, checkpoint, data, NETWORK)
+            runs.check_same_experiment(config, checkpoint, data, (*NETWORK, "optimizer"))
         folder, lock = runs.start_folder(folder, config, raw_model)  # ours while lock lives
         paths = [folder, path]
     if world_size > 1:
@@ -905,14 +929,17 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
     if world_size > 1:
         devices = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
+    muon = configure_muon(raw_model, config)
     optimizer = configure_optimizer(raw_model, config, device.type)
+    optimizers = [optimizer, muon] if muon else [optimizer]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if checkpoint:
         # the moments are the run's, the hyperparameters those of now
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(
-            {"state": checkpoint["optimizer"]["state"], "param_groups": groups}
-        )
+        for name, part in (("optimizer", optimizer), ("muon", muon)):
+            if part:
+                part.load_state_dict(
+                    checkpoint[name] | {"param_groups": part.state_dict()["param_groups"]}
+                )
         if checkpoint["scaler"]:  # empty, if the run was not in float16 until now
             scaler.load_state_dict(checkpoint["scaler"])
         del checkpoint, prepared  # 1.5 GB
@@ -950,7 +977,7 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
         # first, so that a run continued from here does all the rest of this turn again
         due = is_due(config.checkpoint_interval, step) and step > first_step
         if rank == 0 and (due or writer.failure) and not bad_steps:
-            writer.save(step, raw_model, optimizer, scaler)
+            writer.save(step, raw_model, optimizer, scaler, muon)
         if stopped := stopping():
             break
         if is_due(config.val_interval, step):
@@ -985,6 +1012,8 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        if muon:
+            muon.param_groups[0]["lr"] = config.muon_lr * lr / (config.lr or 1.0)
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
             x, y = (t.to(device, non_blocking=True) for t in next(batches))
@@ -998,15 +1027,17 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
             scaler.scale(loss).backward()
         if world_size > 1:
             dist.all_reduce(loss_sum)
-        scaler.unscale_(optimizer)
+        for part in optimizers:
+            scaler.unscale_(part)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf).item()
         loss = loss_sum.item() / world_size
         # one update that is not finite, and no weight would ever be finite again
         bad_steps = 0 if math.isfinite(loss) and math.isfinite(norm) else bad_steps + 1
         if not bad_steps:
-            scaler.step(optimizer)
+            for part in optimizers:
+                scaler.step(part)
         scaler.update()  # float16 overflows now and then: its scale goes down, and later up again
-        optimizer.zero_grad(set_to_none=True)
+        raw_model.zero_grad(set_to_none=True)
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()  # the clock waits for the GPU
         dt = time.perf_counter() - t0
@@ -1048,7 +1079,7 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
 
     if stopped:
         if rank == 0:
-            writer.save(step, raw_model, optimizer, scaler)
+            writer.save(step, raw_model, optimizer, scaler, muon)
             writer.wait()
             saved = f"not saved: {writer.failure}" if writer.failure else "saved"
             print0(f"{name} | stopped, {saved} | the same command with --resume auto goes on")

@@ -227,19 +227,19 @@ def bench_scaling() -> None:
         off = "--val_interval 0 --hellaswag_interval 0 --sample_interval 0 --checkpoint_interval 0"
         script = Path(train_gpt2.__file__)
 
-        def milliseconds(n_ranks: int) -> float:
+        def milliseconds(n_ranks: int, optimizer: str) -> float:
             """The median step of a short run."""
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += [f"--nproc_per_node={n_ranks}", script, "shakespeare_char", *off.split()]
             command += ["--data_dir", folder, "--max_steps", "40", "--device", "cpu"]
-            command += ["--micro_batch_size", str(12 // n_ranks)]
+            command += ["--micro_batch_size", str(12 // n_ranks), "--optimizer", optimizer]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             out = subprocess.run(command, cwd=folder, env=environment, check=True,
                                  capture_output=True, text=True).stdout  # fmt: skip
             times = re.findall(r" (\d+) ms ", out)
             return statistics.median(map(int, times[10:]))
 
-        ways = {f"{n} rank{'s' * (n > 1)}": lambda n=n: milliseconds(n) for n in (2, 1)}
+        ways = {f"{n} rank{'s' * (n > 1)}": lambda n=n: milliseconds(n, "adamw") for n in (2, 1)}
         compare("a step of 12 x 64 tokens, a thread a rank", "ms", ways, rounds=3)
 
 
