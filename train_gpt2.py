@@ -651,6 +651,29 @@ def configure_optimizer(model: nn.Module, config: Config, device_type: str) -> t
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=fused)
 
 
+def step_muon(muon: torch.optim.Muon, scaler, rank: int = 0, world_size: int = 1):
+    """Muon's update. Orthogonalizing is the dear part: ranks share the matrices out, the largest
+    first, and give each other theirs, with its momentum, so that all stay the same."""
+    params = sorted(muon.param_groups[0]["params"], key=torch.numel, reverse=True)
+    for i, p in enumerate(params):
+        if i % world_size != rank:
+            p.grad = None  # Muon passes over it
+    scaler.step(muon)
+    if world_size == 1:
+        return
+    for owner in range(min(world_size, len(params))):
+        tensors = []
+        for p in params[owner::world_size]:
+            if "momentum_buffer" not in muon.state[p]:
+                muon.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            tensors += [p.detach(), muon.state[p]["momentum_buffer"]]
+        flat = torch.cat([t.flatten() for t in tensors])  # one message instead of many
+        dist.broadcast(flat, owner)
+        if owner != rank:
+            for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                t.copy_(part.view_as(t))
+
+
 def is_spike(loss: float, before: Sequence[float]) -> bool:
     """Whether a loss stands out by six standard deviations from those before it."""
     return len(before) >= 20 and loss > np.mean(before) + 6 * np.std(before)
@@ -1034,8 +1057,9 @@ def main(config: Config, task: Task | None = None, signals: Iterable[signal.Sign
         # one update that is not finite, and no weight would ever be finite again
         bad_steps = 0 if math.isfinite(loss) and math.isfinite(norm) else bad_steps + 1
         if not bad_steps:
-            for part in optimizers:
-                scaler.step(part)
+            if muon:
+                step_muon(muon, scaler, rank, world_size)
+            scaler.step(optimizer)
         scaler.update()  # float16 overflows now and then: its scale goes down, and later up again
         raw_model.zero_grad(set_to_none=True)
         if device.type != "cpu":

@@ -239,7 +239,11 @@ def bench_scaling() -> None:
             times = re.findall(r" (\d+) ms ", out)
             return statistics.median(map(int, times[10:]))
 
-        ways = {f"{n} rank{'s' * (n > 1)}": lambda n=n: milliseconds(n, "adamw") for n in (2, 1)}
+        ways = {
+            f"{n} rank{'s' * (n > 1)}, {optimizer}": lambda n=n, o=optimizer: milliseconds(n, o)
+            for optimizer in ("muon", "adamw")
+            for n in (2, 1)
+        }
         compare("a step of 12 x 64 tokens, a thread a rank", "ms", ways, rounds=3)
 
 

@@ -1,6 +1,9 @@
 """Muon: whose matrices, which updates, how ranks share them, and that a run survives with it."""
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 import fineweb
+import train_gpt2
 from runs import load_checkpoint, read_log
 from train_gpt2 import (
     GPT,
@@ -17,14 +21,17 @@ from train_gpt2 import (
     configure_optimizer,
     load_model,
     main,
+    step_muon,
 )
 
+SCRIPT = Path(train_gpt2.__file__).resolve()
 TINY = Config(
     preset="tiny", n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=257, optimizer="muon",
     total_batch_size=128, micro_batch_size=4, max_steps=8, lr=1e-2, min_lr=0.0, warmup_steps=2,
     cooldown=0.5, data_dir="data", device="cpu", dtype="float32", compile=False, val_interval=4,
     val_tokens=160, hellaswag_interval=0, sample_interval=0, checkpoint_interval=4,
 )  # fmt: skip
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +154,61 @@ def test_momentum_that_is_not_the_weights_is_told(damage):
     torch.save(checkpoint, path)
     with pytest.raises(SystemExit, match="moments are of other weights"):
         load_model(str(path))
+
+
+def test_two_ranks_share_the_work_and_equal_one():
+    def run(ranks, out, *flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={ranks}", str(SCRIPT), "shakespeare_char"]
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "total_batch_size", "max_steps",
+                     "lr", "min_lr", "warmup_steps", "cooldown", "optimizer", "data_dir", "device",
+                     "dtype", "val_interval", "val_tokens", "checkpoint_interval"):  # fmt: skip
+            command += [f"--{name}", str(getattr(TINY, name))]
+        command += ["--micro_batch_size", "2", "--sample_interval", "0", "--out_dir", out, *flags]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return read_log(out), load_checkpoint(Path(out) / "step_000008.pt")
+
+    one_log, one = run(1, "one")
+    two_log, two = run(2, "two")
+    for stream in ("train", "val"):
+        np.testing.assert_allclose(two_log[stream][1], one_log[stream][1], atol=1e-4)
+    for name, w in one["model"].items():
+        # within an update bfloat16 rounds, and weak directions of a gradient are stretched
+        assert (two["model"][name] - w).norm() <= 0.1 * w.norm().clamp(min=0.1), name
+    for i, state in one["muon"]["state"].items():  # rank 0 has those of rank 1's matrices, too
+        theirs = two["muon"]["state"][i]["momentum_buffer"]
+        assert (theirs - state["momentum_buffer"]).norm() <= 0.1 * state["momentum_buffer"].norm()
+        assert state["momentum_buffer"].abs().max() > 1e-4
+    interrupt(Path("two"), 4)
+    log, _ = run(1, "two", "--resume", "auto")  # and what it saved is all that is needed
+    np.testing.assert_allclose(log["train"][1], one_log["train"][1], atol=1e-4)
+
+
+def test_a_rank_computes_its_own_matrices_alone():
+    shares = []
+    for rank in range(3):
+        torch.manual_seed(0)
+        model = GPT(TINY)
+        muon = configure_muon(model, TINY)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        sent, real = [], torch.distributed.broadcast
+
+        def broadcast(flat, source, sent=sent):
+            sent.append((source, flat.numel()))
+
+        torch.distributed.broadcast = broadcast
+        try:
+            step_muon(muon, NO_SCALER, rank, world_size=3)
+        finally:
+            torch.distributed.broadcast = real
+        computed = {n for n, p in model.named_parameters() if p.grad is not None and ".h." in n}
+        shares.append({n for n in computed if n.endswith("weight") and "ln_" not in n})
+        assert [source for source, _ in sent] == [0, 1, 2]
+        matrices = train_gpt2.hidden_matrices(model)
+        assert sum(n for _, n in sent) == 2 * sum(p.numel() for p in matrices)  # and momentum
+    assert sum(map(len, shares)) == len(set.union(*shares)) == 8
+    sizes = [sum(model.get_parameter(n).numel() for n in share) for share in shares]
+    assert max(sizes) < 1.5 * sum(sizes) / 3  # about a third each
