@@ -16,6 +16,7 @@ Each way is timed in turn, so that what else the machine does falls on all of th
 
 import argparse
 import copy
+import io
 import itertools
 import multiprocessing
 import os
@@ -26,7 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -469,34 +471,50 @@ def bench_sampling(n_tokens: str = "512") -> None:
 
 
 def bench_shakespeare(path: str) -> None:
-    """Each recipe once, training alone, on the same split: the last tenth is held out."""
+    """Each recipe once on the same split, the last tenth held out: seconds of training alone."""
     tokens = np.fromfile(path, dtype=np.uint8).astype(np.uint16)
     n = len(tokens) * 9 // 10
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/x_train_000000.npy", tokens[:n])
         np.save(f"{folder}/x_val_000001.npy", tokens[n:])
         preset = replace(PRESETS["shakespeare_char"], data_dir=folder, device="cpu")
-        off = dict.fromkeys(("val_interval", "sample_interval", "checkpoint_interval"), 0)
-        run = replace(preset, out_dir=f"{folder}/run", **off)
-        seconds = {"this preset": clock(train_gpt2.main, run)}
-        models = {"this preset": train_gpt2.load_model(run.out_dir)}
-        models["nanoGPT's recipe"] = model = GPT(preset)
-        train = torch.from_numpy(tokens[:n].astype(np.int64))
-        seconds["nanoGPT's recipe"] = clock(nanogpt_recipe, model, train)
+        off = dict.fromkeys(("sample_interval", "checkpoint_interval"), 0)
+        run = replace(preset, out_dir=f"{folder}/run", val_interval=50, **off)
+        curves, seconds, out = {"this preset": []}, 0.0, io.StringIO()
+        with redirect_stdout(out):
+            train_gpt2.main(run)
+        for kind, value in re.findall(r"(val |norm .*? \| )([\d.]+)", out.getvalue()):
+            if kind == "val ":
+                curves["this preset"].append((seconds, float(value)))
+            else:
+                seconds += float(value) / 1000  # a step's line has its milliseconds
+        model, seconds = GPT(preset), 0.0
         windows = train_gpt2.Windows(folder, "val", preset.block_size, preset.vocab_size)
-        for name, model in models.items():
+        curves["nanoGPT's recipe"] = []
+        t0 = time.perf_counter()
+        for _ in nanogpt_recipe(model, torch.from_numpy(tokens[:n].astype(np.int64))):
+            seconds += time.perf_counter() - t0
             loss = train_gpt2.validation_loss(model, model, windows, preset)
-            print(f"  {name:18} {seconds[name]:6.1f} s   validation loss {loss:.4f}")
+            curves["nanoGPT's recipe"].append((seconds, loss))
+            t0 = time.perf_counter()
+    for name, curve in curves.items():
+        until = next((f"{at:.1f} s" for at, loss in curve if loss <= 1.886), "never")
+        print(f"  {name:18} validation 1.886 after {until}, {curve[-1][1]:.4f} in the end, after "
+              f"{curve[-1][0]:.1f} s")  # fmt: skip
 
 
-def nanogpt_recipe(model: GPT, tokens: torch.Tensor, max_steps: int = 2000) -> None:
-    """The plain loop: random positions, AdamW, warm-up and cosine from 1e-3 to 1e-4."""
+def nanogpt_recipe(model: GPT, tokens: torch.Tensor, max_steps: int = 2000) -> Iterator[None]:
+    """The plain loop: random positions, AdamW, warm-up and cosine from 1e-3 to 1e-4. It waits every
+    50 updates."""
     recipe = replace(
-        PRESETS["shakespeare_char"], lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99
-    )
+        PRESETS["shakespeare_char"], lr=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99,
+        cooldown=0.0, optimizer="adamw",
+    )  # fmt: skip
     recipe = replace(recipe, max_steps=max_steps, weight_decay=0.1)
     optimizer = configure_optimizer(model, recipe, "other")  # for which there is no fused one
     for step in range(max_steps):
+        if step % 50 == 0:
+            yield
         for group in optimizer.param_groups:
             group["lr"] = train_gpt2.get_lr(step, recipe)
         starts = torch.randint(len(tokens) - 64, (12,))
@@ -506,6 +524,7 @@ def nanogpt_recipe(model: GPT, tokens: torch.Tensor, max_steps: int = 2000) -> N
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+    yield
 
 
 if __name__ == "__main__":

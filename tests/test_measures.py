@@ -329,6 +329,7 @@ FLAGS = {
     "total_batch_size": 512, "micro_batch_size": 4, "max_steps": 6, "data_dir": "data",
     "device": "cpu", "dtype": "float32", "val_interval": 2, "val_tokens": 1300,
     "hellaswag_interval": 3, "sample_interval": 0, "checkpoint_interval": 6, "lr": 1e-2,
+    "optimizer": "adamw", "cooldown": 0, "warmup_steps": 50,
 }  # fmt: skip
 
 

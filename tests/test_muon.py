@@ -4,7 +4,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import train_gpt2
 from runs import load_checkpoint, read_log
 from train_gpt2 import (
     GPT,
+    PRESETS,
     Config,
     configure_muon,
     configure_optimizer,
@@ -212,3 +213,9 @@ def test_a_rank_computes_its_own_matrices_alone():
     assert sum(map(len, shares)) == len(set.union(*shares)) == 8
     sizes = [sum(model.get_parameter(n).numel() for n in share) for share in shares]
     assert max(sizes) < 1.5 * sum(sizes) / 3  # about a third each
+
+
+def test_gpt2_fast_is_the_same_network_on_the_same_data():
+    own = {"optimizer", "muon_lr", "lr", "min_lr", "warmup_steps", "cooldown"}
+    changed = {f.name for f in fields(Config) if getattr(PRESETS["gpt2-fast"], f.name) != f.default}
+    assert changed <= own and PRESETS["gpt2-fast"].optimizer == "muon"

@@ -23,7 +23,8 @@ FLAGS = {
     "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "total_batch_size": 1024,
     "micro_batch_size": 16, "max_steps": 60, "dropout": 0.1, "data_dir": "data", "device": "cpu",
     "dtype": "float32", "val_interval": 20, "val_tokens": 1000, "sample_interval": 0,
-    "checkpoint_interval": 10, "keep_checkpoints": 2,
+    "checkpoint_interval": 10, "keep_checkpoints": 2, "optimizer": "adamw", "cooldown": 0,
+    "lr": 4e-3, "warmup_steps": 50,
 }  # fmt: skip
 
 
