@@ -1,15 +1,15 @@
 """The notebook, top to bottom as in a clean clone: no run, no data, no network."""
 
+import copy
 import re
 import shutil
-from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from run_notebook import NOTEBOOK, run, texts
 
-ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "play.ipynb"
+ROOT = NOTEBOOK.parent
 
 
 def code_cells(notebook):
@@ -39,17 +39,27 @@ def test_it_runs_from_a_clean_clone(committed, tmp_path, monkeypatch):
         shutil.copy(file, tmp_path)
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # not the user's own settings
-    for cell in code_cells(committed):
-        cell.execution_count, cell.outputs = None, []
-
-    where = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(committed, timeout=300, kernel_name="python3", resources=where).execute()
+    run(committed, tmp_path)
 
     cells = code_cells(committed)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert len(pictures(committed)) >= 3
     # the curves are those of a run, not drawn by hand
     assert len((tmp_path / "log/play/log.txt").read_text().splitlines()) > 100
+
+
+def test_sections_run_by_themselves_and_end_where_a_cell_fails(committed, tmp_path):
+    sources = ["## 1. One", "print('one')", "## 2. Two", "assert 1 + 1 == 3, 'a claim'", "print(3)"]
+    kinds = [nbformat.v4.new_markdown_cell, nbformat.v4.new_code_cell]
+    committed.cells = [kinds[not text.startswith("#")](text) for text in sources]
+    two = copy.deepcopy(committed)
+    run(committed, tmp_path, [1])
+    assert [texts(cell) for cell in code_cells(committed)] == [["one\n"]]
+    with pytest.raises(CellExecutionError, match="a claim"):
+        run(two, tmp_path, [2])
+    assert [texts(cell) for cell in code_cells(two)] == [[], []]
+    with pytest.raises(SystemExit, match="no section 7: there are 1 to 2"):
+        run(two, tmp_path, [7])
 
 
 def test_its_outputs_are_committed_and_small(committed):
