@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import subprocess
 
 import nbformat
 import pytest
@@ -126,6 +127,29 @@ def test_sections_run_by_themselves_and_end_where_a_cell_fails(tmp_path):
     assert [texts(cell) for cell in code_cells(two)] == [[], []]
     with pytest.raises(SystemExit, match="no section 7: there are 1 to 2"):
         run(two, tmp_path, [7])
+
+
+def test_colab_fetches_the_project(tmp_path, folder):
+    """Colab opens the notebook alone, in a folder without the scripts."""
+    notebook = read()
+    notebook.cells = [code_cells(notebook)[0]]
+    with pytest.raises(CellExecutionError, match="start in its folder, or fill in REPOSITORY"):
+        run(notebook, tmp_path)
+
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    for name in ("train_gpt2.py", "requirements.txt"):
+        shutil.copy(ROOT / name, origin)
+    author = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=origin, check=True)
+    cell = notebook.cells[0]
+    cell.source = cell.source.replace('REPOSITORY = ""', f'REPOSITORY = "{origin}"')
+    notebook.cells.append(nbformat.v4.new_code_cell("print(Path('train_gpt2.py').resolve())"))
+    run(notebook, tmp_path)
+    assert str(tmp_path / "gpt2" / "train_gpt2.py") in said(notebook)
+    wanted = (tmp_path / "gpt2" / "colab.txt").read_text().splitlines()
+    assert "tyro" in wanted and not any(line.startswith("torch") for line in wanted)
 
 
 def test_its_outputs_are_committed_and_small():
