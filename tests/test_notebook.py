@@ -15,7 +15,7 @@ import fineweb
 from train_gpt2 import GPT, Config
 
 ROOT = NOTEBOOK.parent
-N_PICTURES = 4  # at least
+N_PICTURES = 7  # at least
 
 
 def read() -> nbformat.NotebookNode:
