@@ -302,9 +302,9 @@ class HeadLoss(torch.autograd.Function):
 
 
 class GPT(nn.Module):
-    """GPT-2, with the parameter names of OpenAI's release."""
+    """GPT-2, with the parameter names of OpenAI's release; of other blocks, if they are given."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, block: Callable[[Config], nn.Module] = Block):
         super().__init__()
         self.config = config
         # 50257 becomes 50304 = 786 * 64: matrix kernels work in tiles of such sizes
@@ -314,7 +314,7 @@ class GPT(nn.Module):
                 "wte": nn.Embedding(padded_vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "h": nn.ModuleList(block(config) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd),
             }
         )
