@@ -76,7 +76,7 @@ def test_it_runs_from_a_clean_clone(executed, folder):
 
 
 def test_it_has_the_sections_that_it_promises(executed):
-    assert sorted({*number_sections(executed)}) == list(range(11))
+    assert sorted({*number_sections(executed)}) == list(range(12))
     assert re.search(r"written out and fused differ by \d\.\de-0[6-9]", said(executed))
     assert "55 + 45 = " in said(executed)
 
