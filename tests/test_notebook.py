@@ -51,6 +51,7 @@ def folder(tmp_path_factory):
         shutil.copy(file, folder)
     environment = {
         "https_proxy": "http://127.0.0.1:9",  # nobody listens there
+        "HF_HOME": str(folder / "hub"),
         "IPYTHONDIR": str(folder / "ipython"),  # not the user's own settings
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -73,6 +74,7 @@ def test_it_runs_from_a_clean_clone(executed, folder):
     # the curves are those of runs, not drawn by hand
     for name in ("play-1", "play-2", "play-3", "play-mine", "play-slow"):
         assert len((folder / "log" / name / "log.txt").read_text().splitlines()) > 240
+    assert "without GPT-2: the hub does not give gpt2" in said(executed)
 
 
 def test_it_has_the_sections_that_it_promises(executed):
@@ -82,20 +84,26 @@ def test_it_has_the_sections_that_it_promises(executed):
 
 
 @pytest.fixture
-def gpt2(executed, folder):
-    """A run on GPT-2's vocabulary among the runs."""
+def gpt2(executed, folder, monkeypatch):
+    """A run on GPT-2's vocabulary among the runs, and a small GPT-2 where the hub keeps its own."""
     try:
         fineweb.get_encoding("gpt2")
     except SystemExit as error:
         pytest.skip(str(error))
     model = GPT(Config(n_layer=2, n_head=2, n_embd=32, block_size=64))
+    snapshot = "models--openai-community--gpt2/snapshots/0123456789abcdef"
+    model.save_pretrained(folder / "hub/hub" / snapshot)
+    refs = folder / "hub/hub/models--openai-community--gpt2/refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123456789abcdef")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     log = folder / "log/gpt2-001"
     model.save_pretrained(log / "hf")
     (log / "config.json").write_text(json.dumps({"vocab_size": 50257}))
     (log / "log.txt").write_text("0 val 10.9\n0 train 10.9\n0 hella 0.25\n250 val 5.9\n")
 
 
-def test_a_run_of_ones_own(gpt2, folder):
+def test_a_run_of_ones_own_and_the_weights_of_gpt2(gpt2, folder):
     notebook = read()
     marks = """
 from unittest import mock
@@ -107,13 +115,14 @@ for axes in plt.gcf().axes:
 """
     cells = notebook.cells
     cells.insert(number_sections(notebook).index(2), nbformat.v4.new_code_cell(marks))
-    run(notebook, folder, [1, 2, max(number_sections(notebook))])
+    run(notebook, folder, [1, 2, 11])
 
     text = said(notebook)
     assert "the run to look at is gpt2-001" in text
     left, right = re.findall(r"^\[\(.*\]$", text, re.MULTILINE)
     assert "('GPT-2 124M', 3.2924)" in left
     assert "('GPT-2 124M', 0.2955)" in right and "('GPT-3 124M', 0.337)" in right
+    assert "without GPT-2" not in text and text.count("The key turned in the lock") == 6
 
 
 def test_sections_run_by_themselves_and_end_where_a_cell_fails(tmp_path):
