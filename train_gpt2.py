@@ -1,21 +1,20 @@
-"""Reproduce GPT-2 (124M): from a folder of tokens to a trained model, in one file.
+"""Reproduce GPT-2 (124M): the model, the training loop, evaluation and sampling in one file.
 
-    python train_gpt2.py                     # the 124M run, on the shards that fineweb.py makes
-    python train_gpt2.py demo                # offline, on a CPU, two minutes
-    python train_gpt2.py gpt2 --lr 1e-3      # every field of Config is a flag
+    python train_gpt2.py                        # train GPT-2 124M on the shards in edu_fineweb10B/
+    python train_gpt2.py demo                   # a small model, offline, in two minutes on a CPU
+    python train_gpt2.py gpt2 --lr 1e-3         # every hyperparameter is a flag; --help lists them
     torchrun --standalone --nproc_per_node=8 train_gpt2.py gpt2
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
-        train_gpt2.py gpt2
-    python train_gpt2.py gpt2 --resume auto  # the newest run that did not finish, else a new one
-    python train_gpt2.py gpt2 --prompt "Hello, I'm a language model," --init_from log/gpt2-001
-    python train_gpt2.py gpt2 --eval_only --init_from log/gpt2-001
+    python train_gpt2.py gpt2 --resume auto     # continue the newest unfinished run, or start one
+    python train_gpt2.py --prompt "Hello, I'm a language model," --init_from log/gpt2-001
+    python train_gpt2.py --eval_only --init_from gpt2
+    python train_gpt2.py --export my_gpt2 --init_from log/gpt2-001
 
 Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019), for
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
 """
 
+import copy
 import functools
-import itertools
 import json
 import math
 import os
@@ -24,1139 +23,1247 @@ import shutil
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import tyro
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
-import demo
 import fineweb
 import hellaswag
-import runs
-from devices import (
-    autocast_of,
-    fits_memory,
-    peak_flops,
-    print0,
-    resolve_device,
-    resolve_dtype,
-    start_ranks,
-    sum_over_ranks,
-)
-from inference import Task, check_task, export, run_task
 
-# ---- hyperparameters: the part to tweak ----------------------------------------------------------
+# ---- 1. hyperparameters ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The network. The defaults are GPT-2 124M."""
+
+    block_size: int = 1024  # the longest context, in tokens
+    vocab_size: int = 50257  # 256 bytes, 50,000 merges, end-of-text; 257: bytes and end-of-text
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # attention heads in each block
+    n_embd: int = 768  # channels
+    dropout: float = 0.0  # probability; training for about one epoch needs none
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every hyperparameter of a run, with its unit and reason. The defaults are GPT-2 124M's."""
+    """A run: the network, and how it is trained. The defaults reproduce GPT-2 124M."""
 
-    preset: tyro.conf.Suppress[str] = "gpt2"
-    """names the run's folder"""
-    n_layer: int = 12
-    """blocks"""
-    n_head: int = 12
-    """attention heads in a block, of n_embd / n_head channels each: 64 in every GPT-2"""
-    n_embd: int = 768
-    """channels of the residual stream"""
-    block_size: int = 1024
-    """positions: tokens of the longest context"""
-    vocab_size: int = 50257
-    """tokens: 256 bytes, 50,000 merges, end-of-text; 257 means bytes and end-of-text alone"""
-    dropout: float = 0.0
-    """probability; training for less than two epochs needs none"""
-
-    total_batch_size: int = 2**19
-    """tokens an update, over all ranks and micro-steps: GPT-3's 0.5M, as a power of two"""
-    max_steps: int = 19_073
-    """updates: 10B tokens / 2**19"""
-    lr: float = 6e-4
-    """peak learning rate (GPT-3, table 2.1)"""
-    min_lr: float = 6e-5
-    """learning rate at the end: a tenth of the peak"""
-    cooldown: float = 0.0
-    """share of the updates, the last ones, in which the rate falls along a line to min_lr, after it
-    was constant; 0: half a cosine all the way from the warm-up"""
-    warmup_steps: int = 715
-    """updates of linear warm-up: GPT-3's 375M tokens / 2**19"""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonal updates for the blocks' matrices, AdamW for the rest"""
-    muon_lr: float = 0.02
-    """Muon's peak learning rate, on lr's schedule; a matrix moves by about so much of its norm"""
-    weight_decay: float = 0.1
-    """on matrices only"""
-    beta1: float = 0.9
-    """AdamW's memory of the gradient"""
-    beta2: float = 0.95
-    """AdamW's memory of the squared gradient: shorter than the usual 0.999, as GPT-3's"""
-    grad_clip: float = 1.0
-    """largest norm of the gradient; 0 clips nothing"""
-    shuffle: bool = True
-    """take the windows in a seeded order, a new one each epoch; else in the stream's own order"""
-    seed: int = 1337
-    """of initialization, order of the data, dropout and samples"""
-
-    # nothing below changes the losses: a continued run may have it otherwise
-    data_dir: str = "edu_fineweb10B"
-    """folder of the token shards, as fineweb.py makes them"""
-    micro_batch_size: int | Literal["auto"] = "auto"
-    """sequences in one forward pass; auto: as many as fit a GPU's memory, found by trial, else 4"""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """auto: CUDA, else Apple's MPS, else the CPU"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """of matrix products; auto: on CUDA bfloat16, or float16 on a GPU without it, else float32"""
-    compile: bool = True
-    """torch.compile: a minute at the start, much faster steps"""
-    val_interval: int = 250
-    """updates between validations; 0: none, as for all intervals"""
-    val_tokens: int = 20 * 2**19
-    """tokens of a validation: the same for any number of GPUs"""
-    hellaswag_interval: int = 250
-    """updates between HellaSwag evaluations"""
-    sample_interval: int = 250
-    """updates between samples"""
-    checkpoint_interval: int = 250
-    """updates between checkpoints, of 1.5 GB each for 124M parameters"""
-    keep_checkpoints: int = 2
-    """the last so many stay; 0: all"""
-    archive_interval: int = 5000
-    """checkpoints at its multiples stay too"""
-    max_bad_steps: int = 10
-    """updates in a row that are skipped, as not finite, before the run stops; 0: never stop"""
-    init_from: str = ""
-    """weights to begin with: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder that transformers
-    loads, a run's folder, or one of its step_NNNNNN.pt"""
-    resume: str = ""
-    """a run's folder to continue; auto: the preset's newest that did not finish, else a new one"""
-    resume_anyway: bool = False
-    """continue though hyperparameters differ in which the losses would not be the run's"""
-    out_dir: str = ""
-    """the run's folder; empty: the next free log/PRESET-NNN"""
-    timeout: float = 600.0
-    """seconds a rank may stand still, as it does when another one hangs; 0: PyTorch's half hour"""
-    wandb: bool = False
-    """send the log to Weights & Biases too"""
+    gpt: GPTConfig = GPTConfig()
+    data_dir: str = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
+    init_from: str = ""  # initial weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, a folder
+    total_batch_size: int = 2**19  # tokens per step, over all ranks; about 0.5M, as for GPT-3
+    micro_batch_size: int | Literal["auto"] = "auto"  # B, sequences per forward pass; same losses
+    max_steps: int = 19_073  # optimizer steps; 10B tokens / 2**19
+    lr: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
+    min_lr: float = 6e-5  # learning rate after the decay
+    warmup_steps: int = 715  # steps of linear warmup; GPT-3's 375M tokens / 2**19
+    cooldown: float = 0.0  # 0: cosine decay; else the fraction of steps of a final linear decay
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices in the blocks
+    muon_lr: float = 0.02  # Muon's peak learning rate; follows the same schedule as lr
+    weight_decay: float = 0.1  # on weight matrices and embeddings only
+    beta1: float = 0.9  # AdamW: decay rate of the mean of the gradient
+    beta2: float = 0.95  # AdamW: decay rate of the mean of its square
+    grad_clip: float = 1.0  # maximum norm of the gradient; 0: no clipping
+    shuffle: bool = True  # read the sequences in a random order, a new one for each epoch
+    seed: int = 1337  # of the initialization, the order of the data, dropout and samples
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: the first of these available
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of autocast; auto: by GPU
+    compile: bool = True  # torch.compile: a minute at the start, then much faster steps
+    log_interval: int = 1  # steps between lines on the console
+    val_interval: int = 250  # steps between validations; 0: never, as for all intervals
+    val_tokens: int = 20 * 2**19  # tokens per validation, independent of the number of ranks
+    hellaswag_interval: int = 250  # steps between evaluations on HellaSwag
+    hellaswag_file: str = hellaswag.PATH  # its questions; downloaded if absent
+    sample_interval: int = 250  # steps between samples
+    sample_prompt: str = "Hello, I'm a language model,"  # prompt of the samples during training
+    checkpoint_interval: int = 250  # steps between checkpoints, 1.5 GB each for GPT-2 124M
+    keep_checkpoints: int = 2  # number of the newest checkpoints to keep; 0: all
+    archive_interval: int = 5000  # checkpoints at its multiples are kept as well
+    max_bad_steps: int = 10  # stop after so many non-finite steps in a row; 0: never stop
+    name: str = "gpt2"  # of the run; its folder is log/NAME-NNN
+    out_dir: str = ""  # the run's folder, instead of log/NAME-NNN
+    resume: str = ""  # continue the run in this folder; auto: the newest unfinished run
+    resume_anyway: bool = False  # resume although changed hyperparameters change the experiment
+    timeout: float = 600.0  # seconds a rank waits for the others before the run is aborted
+    wandb: bool = False  # log to Weights & Biases as well
+    prompt: tuple[str, ...] = ()  # instead of training: continue this text; "-" reads stdin
+    num_samples: int = 4  # samples for each prompt
+    max_new_tokens: int = 100  # tokens per sample
+    temperature: float = 1.0  # divides the logits; 0: always the most likely token
+    top_k: int = 50  # sample from the k most likely tokens only; 0: from all
+    top_p: float = 1.0  # sample from the most likely tokens with this total probability only
+    eval_only: bool = False  # instead of training: evaluate the weights in init_from
+    export: str = ""  # instead of training: write the weights to this folder for transformers
 
 
-NETWORK = ("n_layer", "n_head", "n_embd", "vocab_size")  # what weights fix
+# a run cannot be resumed with other values of these: the checkpoint would not fit
+FIXED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "optimizer")
+# a run that is resumed with other values of these is another experiment; data: the shards
+EXPERIMENT = ("data", "total_batch_size", "max_steps", "lr", "min_lr", "warmup_steps", "cooldown")
+EXPERIMENT += ("muon_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "shuffle")
+EXPERIMENT += ("seed",)
 
-# too small for torch.compile to earn back its minute on a CPU
-_SMALL = Config(n_layer=4, n_head=4, n_embd=128, vocab_size=257, compile=False)
+# bytes as tokens; too small for torch.compile to save time on a CPU
+DEMO = Config(
+    gpt=GPTConfig(block_size=192, vocab_size=257, n_layer=3, n_head=4, n_embd=128),
+    data_dir="demo_data",
+    total_batch_size=12 * 192,
+    micro_batch_size=12,
+    max_steps=900,
+    lr=1.6e-2,
+    warmup_steps=20,
+    cooldown=0.6,
+    optimizer="muon",
+    muon_lr=0.03,
+    compile=False,
+    log_interval=25,
+    val_tokens=20_000,
+    hellaswag_file="demo_data/next_line.jsonl",
+    sample_prompt="def ",
+    temperature=0.7,
+)
+
 PRESETS = {
     # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
     "gpt2": Config(),
-    # the same network and data, trained otherwise; the rates are those of smaller networks
+    "gpt2-medium": Config(GPTConfig(n_layer=24, n_head=16, n_embd=1024), lr=3e-4, min_lr=3e-5),
+    "gpt2-large": Config(GPTConfig(n_layer=36, n_head=20, n_embd=1280), lr=2.5e-4, min_lr=2.5e-5),
+    "gpt2-xl": Config(GPTConfig(n_layer=48, n_head=25, n_embd=1600), lr=2e-4, min_lr=2e-5),
+    # small models reach the same loss in fewer steps this way; not measured at 124M
     "gpt2-fast": Config(optimizer="muon", lr=3e-3, min_lr=0.0, warmup_steps=250, cooldown=0.6),
-    "gpt2-medium": Config(n_layer=24, n_head=16, n_embd=1024, lr=3e-4, min_lr=3e-5),
-    "gpt2-large": Config(n_layer=36, n_head=20, n_embd=1280, lr=2.5e-4, min_lr=2.5e-5),
-    "gpt2-xl": Config(n_layer=48, n_head=25, n_embd=1600, lr=2e-4, min_lr=2e-5),
-    "shakespeare_char": replace(
-        _SMALL, data_dir="shakespeare_char", block_size=64, max_steps=600, optimizer="muon",
-        total_batch_size=12 * 64, micro_batch_size=12, lr=1.6e-2, muon_lr=0.03, min_lr=0.0,
-        warmup_steps=20, cooldown=0.9, val_tokens=100_000, hellaswag_interval=0,
-        checkpoint_interval=500,
-    ),
     "finetune": Config(
-        init_from="gpt2", data_dir="my_data", total_batch_size=2**15, max_steps=200, lr=3e-5,
-        min_lr=3e-6, warmup_steps=20, val_interval=50, val_tokens=2**18, hellaswag_interval=0,
-        sample_interval=50, checkpoint_interval=100,
+        init_from="gpt2",
+        data_dir="my_data",
+        total_batch_size=2**15,
+        max_steps=200,
+        lr=3e-5,
+        min_lr=3e-6,
+        warmup_steps=20,
+        val_interval=50,
+        hellaswag_interval=0,
     ),
-    "demo": replace(
-        _SMALL, data_dir="demo_data", block_size=96, max_steps=750,
-        total_batch_size=12 * 96, micro_batch_size=6, lr=6e-3, min_lr=0.0, warmup_steps=100,
-        val_interval=250, val_tokens=50_000, hellaswag_interval=375, sample_interval=375,
-        checkpoint_interval=375,
+    "shakespeare_char": replace(
+        DEMO, data_dir="shakespeare_char", hellaswag_interval=0, sample_prompt="ROMEO:"
     ),
-}  # fmt: skip
+    "demo": DEMO,
+}
 
 
-# ---- model ---------------------------------------------------------------------------------------
+def flatten(config: Config) -> dict:
+    """All hyperparameters by name, those of the network included."""
+    values = asdict(config)
+    return values.pop("gpt") | values
+
+
+def check_config(config: Config, ddp_world_size: int = 1):
+    """Exit with one line if a hyperparameter is out of range."""
+    gpt, B, T = config.gpt, config.micro_batch_size, config.gpt.block_size
+    at_least_1 = {*FIXED, "total_batch_size", "micro_batch_size", "max_steps", "val_tokens"}
+    at_least_1 |= {"log_interval", "num_samples", "max_new_tokens", "timeout"}
+    at_most = {"dropout": 1, "cooldown": 1, "top_p": 1, "beta1": 0.9999, "beta2": 0.9999}
+    for name, value in flatten(config).items():
+        low, high = int(name in at_least_1), at_most.get(name, 1e12)
+        if type(value) in (int, float) and not low <= value <= high:  # nan is refused, too
+            raise SystemExit(f"--{name} {value} must be between {low} and {high}")
+    if config.lr == 0 and config.optimizer == "muon":
+        raise SystemExit("--lr 0 must be above 0: Muon's learning rate follows its schedule")
+    if gpt.n_embd % gpt.n_head:
+        raise SystemExit(f"--n_embd {gpt.n_embd} must be divisible by --n_head {gpt.n_head}")
+    n_sequences, rest = divmod(config.total_batch_size, T * ddp_world_size)
+    if rest or (B != "auto" and n_sequences % B):
+        raise SystemExit(
+            f"--total_batch_size {config.total_batch_size} must be divisible by --micro_batch_size "
+            f"{B} x --block_size {T} x {ddp_world_size} ranks"
+        )
+
+
+# ---- 2. model ----------------------------------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of the tokens so far: each is computed once, however long the text gets."""
+    """Keys and values of the tokens so far: sampling a token processes that token only."""
 
     def __init__(self, n_positions: int):
         self.n_positions = n_positions
         self.T = 0  # tokens so far
-        self.layers = {}  # an attention module -> its keys and values: (2, B, nh, n_positions, hs)
+        self.kv = {}  # attention module -> its keys and values, (2, B, nh, n_positions, hs)
 
-    def extend(self, layer: nn.Module, k: torch.Tensor, v: torch.Tensor):
-        """Add a layer's k and v, each (B, nh, T, hs), of the tokens that follow; return all."""
+    def append(self, attn: nn.Module, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Append k and v, both (B, nh, T, hs), of new tokens; return the keys and values of all."""
         B, nh, T, hs = k.shape
-        if layer not in self.layers:
-            self.layers[layer] = k.new_empty(2, B, nh, self.n_positions, hs)
-        kv, stop = self.layers[layer], self.T + T
-        kv[:, :, :, self.T : stop] = torch.stack((k, v))
-        return kv[:, :, :, :stop].unbind()
-
-    def repeat(self, n: int):
-        """Each row n times: texts that begin alike share that beginning's computation."""
-        self.layers = {layer: kv.repeat_interleave(n, dim=1) for layer, kv in self.layers.items()}
+        if attn not in self.kv:
+            self.kv[attn] = k.new_empty(2, B, nh, self.n_positions, hs)
+        end = self.T + T
+        self.kv[attn][:, :, :, self.T : end] = torch.stack((k, v))
+        return self.kv[attn][:, :, :, :end]  # (2, B, nh, end, hs)
 
 
 class CausalSelfAttention(nn.Module):
-    """Each position gathers from itself and those before it, n_head heads side by side."""
+    """Multi-head attention; a position attends to itself and to the positions before it."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"{config.n_embd} channels do not divide into {config.n_head} heads")
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k, v in one product
+        assert config.n_embd % config.n_head == 0
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
 
-    def forward(self, x: torch.Tensor, mask=None, cache=None):  # (B, T, C) to (B, T, C)
-        B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.extend(self, k, v)  # each (B, nh, T with those before, hs)
-        # flash attention: the (T, T) weights are never written to memory (Dao et al. 2022)
-        dropout = self.dropout if self.training else 0.0
-        is_causal = mask is None and T > 1  # a lone query is the last one: it sees all keys
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads back side by side
+            k, v = cache.append(self, k, v)
+        # flash attention: the (T, T) matrix is never written to memory (Dao et al. 2022);
+        # a single query is the newest token, which attends to all keys
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
+        y = y.transpose(1, 2).contiguous().view(B, T, C)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Each position for itself: four times as wide, GELU, and back."""
+    """Position-wise feed-forward network with 4x expansion."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = nn.GELU(approximate="tanh")  # the approximation GPT-2 was trained with
+        self.gelu = nn.GELU(approximate="tanh")  # the approximation that GPT-2 used
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, T, C) to (B, T, C)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.gelu(self.c_fc(x))  # (B, T, 4C)
-        return self.dropout(self.c_proj(x))
+        return self.dropout(self.c_proj(x))  # (B, T, C)
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream."""
+    """A transformer block: attention, then MLP, both added to the residual stream."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask=None, cache=None):  # (B, T, C) to (B, T, C)
-        # norms sit on the branches (GPT-2 paper, section 2.3): along the sum itself gradients
-        # reach the first block unchanged
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        # pre-norm (GPT-2 paper, section 2.3): no LayerNorm on the residual path itself, so the
+        # gradient reaches the first block unchanged
+        x = x + self.attn(self.ln_1(x), cache)  # (B, T, C)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
-class HeadLoss(torch.autograd.Function):
-    """The head and the mean cross-entropy in one, some rows at a time. All logits at once would be
-    the largest thing in memory, several times over: as products, in float32, as gradients. So both
-    gradients are computed while a part's logits are there, and only these are kept."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size: int, learning: bool):
-        """x (N, C), weight (V, C), targets (N,) below vocab_size, to nats: a mean over N."""
-        n_parts = min(8, math.ceil(len(x) * len(weight) / 2**24))
-        grad_x, grad_weight = torch.zeros_like(x), torch.zeros_like(weight)
-        loss = torch.zeros((), device=x.device)
-        parts = zip(*(t.chunk(n_parts) for t in (x, targets[:, None], grad_x)), strict=True)
-        for x_part, y, grad_part in parts:  # (n, C), (n, 1), (n, C)
-            logits = F.linear(x_part, weight).float()  # (n, V)
-            logits[:, vocab_size:] = -math.inf  # what pads the vocabulary
-            log_sum = logits.logsumexp(dim=-1, keepdim=True)  # (n, 1)
-            loss += (log_sum - logits.gather(1, y)).sum()
-            if learning:
-                # in the logits the gradient is what the model expects minus what came
-                surprise = (logits - log_sum).exp()  # (n, V)
-                surprise.scatter_add_(1, y, torch.full_like(log_sum, -1.0))
-                grad_part += surprise @ weight
-                grad_weight += surprise.t() @ x_part
-        ctx.save_for_backward(grad_x, grad_weight)
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        # the mean's 1 / N comes here: in float16 the parts would be too small for it
-        grad_x, grad_weight = ctx.saved_tensors
-        grad = grad / len(grad_x)
-        return grad_x * grad, grad_weight * grad, None, None, None
-
-
 class GPT(nn.Module):
-    """GPT-2, with the parameter names of OpenAI's release; of other blocks, if they are given."""
+    """GPT-2, with the parameter names of OpenAI's release."""
 
-    def __init__(self, config: Config, block: Callable[[Config], nn.Module] = Block):
+    def __init__(self, config: GPTConfig, block: type[nn.Module] = Block):
         super().__init__()
         self.config = config
-        # 50257 becomes 50304 = 786 * 64: matrix kernels work in tiles of such sizes
+        # 50257 -> 50304, a multiple of 64, for which GPU kernels are faster
         padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(padded_vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(block(config) for _ in range(config.n_layer)),
+                "h": nn.ModuleList([block(config) for _ in range(config.n_layer)]),
                 "ln_f": nn.LayerNorm(config.n_embd),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied (Press & Wolf 2016)
+        self.transformer.wte.weight = self.lm_head.weight  # weight tying (Press & Wolf 2016)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Draw GPT-2's: deviation 0.02, positions 0.01 (openai/gpt-2, src/model.py)."""
-        for name, p in self.named_parameters():  # has the tied matrix once: it is drawn once
+        """Initialize as GPT-2: std 0.02, positions 0.01 (openai/gpt-2, src/model.py)."""
+        for name, p in self.named_parameters():  # yields the tied matrix once
             if name.endswith("bias"):
                 p.zero_()
             elif "ln_" in name:
                 p.fill_(1.0)
             elif name.endswith("c_proj.weight"):
-                # 2 n_layer branches add up: without this the stream would grow with the depth
+                # the residual stream sums 2 * n_layer of these: keep its variance independent of
+                # the depth
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 p.normal_(std=0.01 if name.endswith("wpe.weight") else 0.02)
 
-    def hidden(self, idx, pos=None, mask=None, cache=None) -> torch.Tensor:
-        """idx (B, T) int64 to what the head reads, (B, T, C).
-
-        pos (B, T), positions below block_size, and mask (B, 1, T, T) bool, which token sees which,
-        are for what is not one text a row. A cache takes texts in parts: the first of any length,
-        then a token at a time."""
-        if pos is None:
-            start = cache.T if cache else 0
-            if start and idx.size(1) > 1:
-                raise ValueError("a cache takes one token at a time after the first ones")
-            T = start + idx.size(1)
-            if T > self.config.block_size:
-                raise ValueError(f"{T} tokens, but only {self.config.block_size} positions")
-            pos = torch.arange(start, T, device=idx.device)
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """The input of lm_head, (B, T, C), for tokens idx (B, T) int64. With a cache, idx follow
+        the tokens in the cache: any number in the first call, then one at a time."""
+        T = idx.size(1)
+        start = 0 if cache is None else cache.T
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens, but block_size is {self.config.block_size}")
+        pos = torch.arange(start, start + T, device=idx.device)  # (T,)
+        pos_emb = self.transformer.wpe(pos)  # (T, C)
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
-        pos_emb = self.transformer.wpe(pos)  # (T, C) or (B, T, C)
         x = self.transformer.drop(tok_emb + pos_emb)
         for block in self.transformer.h:
-            x = block(x, mask, cache)
-        if cache:
-            cache.T = T
+            x = block(x, cache)  # (B, T, C)
+        if cache is not None:
+            cache.T += T
         return self.transformer.ln_f(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """What hidden returned, or a part of it, (..., C) to (..., vocab_size)."""
-        return self.lm_head(x)[..., : self.config.vocab_size]  # the padding stays in here
+        """(..., C) to (..., vocab_size): without the columns that pad the vocabulary."""
+        return self.lm_head(x)[..., : self.config.vocab_size]  # a view: nothing is copied
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
-        """idx (B, T) int64, T up to block_size, to the logits (B, T, vocab_size) of the tokens that
-        follow, and None; given these as targets (B, T), to None, and their mean cross-entropy in
-        nats."""
-        x = self.hidden(idx)
-        if targets is None:
-            return self.logits(x), None
-        return None, HeadLoss.apply(
-            x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.config.vocab_size,
-            torch.is_grad_enabled(),
-        )  # fmt: skip
+        """Logits (B, T, vocab_size) of the next token for idx (B, T) int64, T <= block_size; with
+        targets (B, T) int64 also the mean cross-entropy in nats, else None."""
+        logits = self.logits(self.hidden(idx))
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.flatten())
+        return logits, loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, num_samples=1, **how) -> torch.Tensor:
-        """Continue each row of idx (B, T) num_samples times, to (B * num_samples, T and up to
-        max_new_tokens more). `stream` says how."""
-        texts = [idx.repeat_interleave(num_samples, dim=0)]
-        texts += self.stream(idx, max_new_tokens, temperature, num_samples, **how)
-        return torch.cat(texts, dim=1)
-
-    @torch.no_grad()
-    def stream(
-        self, idx, max_new_tokens, temperature=1.0, num_samples=1, stop_token=None, **how
-    ) -> Iterator[torch.Tensor]:
-        """Yield what continues idx (B, T), a token (B * num_samples, 1) at a time, drawn by `draw`.
-
-        A text that has met stop_token repeats it, until all have. Where no position is left a text
-        goes on from its last half, computed anew: its tokens have other positions then."""
-        n, cache = self.config.block_size, None
-        for i in range(max_new_tokens):
-            if cache is None or cache.T == n:
-                new = idx[:, -n:] if cache is None else idx[:, -max(1, n // 2) :]
-                cache = KVCache(min(n, new.size(1) + max_new_tokens))
-            logits = self.logits(self.hidden(new, cache=cache)[:, -1])  # (B, vocab_size)
-            if i == 0:
-                cache.repeat(num_samples)
-                idx, logits = (t.repeat_interleave(num_samples, dim=0) for t in (idx, logits))
-                ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
-            new = draw(logits.float(), temperature, **how)  # (B * num_samples, 1)
-            if stop_token is not None:
-                ended |= new == stop_token
-                new = new.masked_fill(ended, stop_token)
-            yield new
+    def generate(
+        self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eot=None, generator=None
+    ):
+        """Append up to max_new_tokens tokens, sampled by sample_token, to each row of idx (B, T).
+        A row that has sampled the token eot repeats it; generation stops when all rows have. When
+        block_size is reached, the last half of the tokens becomes the new context."""
+        block_size = self.config.block_size
+        ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        x, cache = idx[:, -block_size:], KVCache(block_size)
+        for _ in range(max_new_tokens):
+            if cache.T + x.size(1) > block_size:
+                x, cache = idx[:, -max(1, block_size // 2) :], KVCache(block_size)
+            logits = self.logits(self.hidden(x, cache)[:, -1])  # (B, vocab_size)
+            x = sample_token(logits.float(), temperature, top_k, top_p, generator)  # (B, 1)
+            if eot is not None:
+                ended |= x == eot
+                x = x.masked_fill(ended, eot)
+            idx = torch.cat((idx, x), dim=1)
             if ended.all():
-                return
-            idx = torch.cat((idx, new), dim=1)
+                break
+        return idx
 
     @classmethod
-    def with_weights(cls, config: Config, weights: dict[str, torch.Tensor]) -> "GPT":
-        """A model with these weights. Where they are not the configuration's it says so, by all
-        kinds of exceptions, before that takes any memory."""
-        check_config(config)
-        if config.n_layer > len(weights):
-            raise ValueError(f"{config.n_layer} layers, but {len(weights)} weights")
-        with torch.device("meta"):  # names and shapes alone
-            cls(config).load_state_dict(weights, assign=True)
-        model = cls(config)
-        model.load_state_dict(weights)
-        return model
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, dropout: float = 0.0) -> "GPT":
-        """A GPT-2 from a folder with config.json and model.safetensors, as transformers and
-        save_pretrained write it, or OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl from the hub.
-        SystemExit, one line, if that is no GPT-2."""
-        folder = Path(source) if os.path.isdir(source) else download_gpt2(str(source))
+    def from_pretrained(cls, model_type: str, dropout: float = 0.0) -> "GPT":
+        """Load gpt2, gpt2-medium, gpt2-large or gpt2-xl from the hub, or a folder with config.json
+        and model.safetensors, as written by transformers or by save_pretrained."""
+        folder, files = Path(model_type), ["config.json", "model.safetensors"]
         try:
-            parts = json.loads((folder / "config.json").read_text())
-            if parts.get("n_inner") == 4 * parts["n_embd"]:
-                parts["n_inner"] = None  # which means the same
-            usual = GPT2 | {"add_cross_attention": False, "quantization_config": None}
-            odd = {key: parts[key] for key in usual if parts.get(key, usual[key]) != usual[key]}
-            if odd:
-                raise ValueError(f"GPT-2 has no {odd}")
-            shape = {key: parts[key] for key in NETWORK}
-            config = Config(**shape, block_size=parts["n_positions"], dropout=dropout)
+            if not folder.is_dir():
+                from huggingface_hub import snapshot_download
+
+                repo = f"openai-community/{model_type}"
+                folder = Path(snapshot_download(repo, allow_patterns=files))
+            hf = json.loads((folder / "config.json").read_text())
+            other = {k: hf[k] for k, value in HF_CONFIG.items() if hf.get(k, value) != value}
+            if other:
+                raise ValueError(f"GPT-2 does not have {other}")
+            shape = (
+                hf[key] for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
+            )
+            model = cls(GPTConfig(*shape, dropout=dropout))
             state = {}
             for name, w in load_file(folder / "model.safetensors").items():
-                if not w.is_floating_point():
-                    raise ValueError(f"{name} is of {w.dtype}")
                 if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                     name = "transformer." + name.removeprefix("transformer.")
                     state[name] = w.t() if name.endswith(TRANSPOSED) else w
-            wte = state["transformer.wte.weight"]
-            wte = F.pad(wte, (0, 0, 0, -config.vocab_size % 64))
-            state |= {"transformer.wte.weight": wte, "lm_head.weight": wte}
-            return cls.with_weights(config, state)
-        except (Exception, SystemExit) as error:  # no file, no JSON, other keys, types, shapes
+            wte = F.pad(state["transformer.wte.weight"], (0, 0, 0, -hf["vocab_size"] % 64))
+            state["transformer.wte.weight"] = state["lm_head.weight"] = wte
+            model.load_state_dict(state)
+            return model
+        except Exception as error:  # no connection, missing or corrupt files, other shapes
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise SystemExit(f"{folder} holds no GPT-2 that can be loaded: {reason:.500}") from None
+            raise SystemExit(
+                f"cannot load {model_type} ({reason:.300}): give gpt2, gpt2-medium, gpt2-large, "
+                f"gpt2-xl, a run's folder, or a folder with {' and '.join(files)} of a GPT-2"
+            ) from None
 
     def save_pretrained(self, folder: str | Path):
-        """Write config.json, generation_config.json and model.safetensors, for transformers and
-        for from_pretrained."""
+        """Write config.json and model.safetensors for transformers and for from_pretrained."""
         folder, config = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
         weights = {}
         for name, p in self.named_parameters():
             w = p.detach().float().cpu()
-            w = w[: config.vocab_size] if name.endswith("wte.weight") else w
+            if name.endswith("wte.weight"):
+                w = w[: config.vocab_size]  # without the padding
             weights[name] = (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        parts = GPT2 | {key: getattr(config, key) for key in NETWORK}
-        parts |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)  # llama.cpp has n_ctx
-        parts |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
-        # what a document follows and ends with: end-of-text, the last token of GPT-2's
-        end = min(config.vocab_size, 50257) - 1
-        parts |= {"bos_token_id": end, "eos_token_id": end, "architectures": ["GPT2LMHeadModel"]}
-        generation = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
-        for name, content in (("config", parts), ("generation_config", generation)):
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-        # safetensors makes its file for its owner alone
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+        hf = HF_CONFIG | {"architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab_size}
+        hf |= {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+        hf |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)
+        hf |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+        eot = min(config.vocab_size, 50257) - 1
+        hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
+        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+
+    def configure_optimizers(self, config: Config, device_type: str) -> list[torch.optim.Optimizer]:
+        """[AdamW], or [AdamW, Muon] with Muon for the matrices in the blocks. Only matrices and
+        embeddings decay, not biases and LayerNorms. The `lr_scale` of a parameter group multiplies
+        the learning rate of get_lr."""
+        adamw_params, muon_params = [], []
+        for name, p in self.named_parameters():
+            is_muon = config.optimizer == "muon" and ".h." in name and p.dim() == 2
+            (muon_params if is_muon else adamw_params).append(p)
+        decay = [p for p in adamw_params if p.dim() >= 2]
+        no_decay = [p for p in adamw_params if p.dim() < 2]
+        groups = [
+            {"params": decay, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+            {"params": no_decay, "weight_decay": 0.0, "lr_scale": 1.0},
+        ]
+        betas = (config.beta1, config.beta2)
+        fused = device_type in ("cuda", "mps", "cpu")  # one kernel updates all parameters
+        optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=fused)]
+        if muon_params:
+            # Muon orthogonalizes the momentum (Jordan et al. 2024)
+            group = {"params": muon_params, "lr_scale": config.muon_lr / config.lr}
+            optimizers.append(torch.optim.Muon([group], weight_decay=config.weight_decay))
+        return optimizers
+
+    def flops_per_token(self, T: int) -> int:
+        """FLOPs of forward and backward per token: 6 per parameter, and 6 * L * C * T in attention,
+        half of the 12 * L * C * T in the PaLM paper (appendix B), since the mask skips half."""
+        n_params = sum(p.numel() for p in self.parameters())
+        return 6 * n_params + 6 * self.config.n_layer * self.config.n_embd * T
 
 
-def draw(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
-    """A token (B, 1) for each row of logits (B, V): divided by the temperature (0: always the
-    likeliest), among the top_k likeliest (0: all), and of these among the likeliest that together
-    have a probability of top_p."""
-    logits = logits.nan_to_num()  # a model that diverged: drawing from nan ends the program
-    if temperature < 1e-30:  # 0, or what float32 cannot divide by
+def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
+    """A token (B, 1) for each row of logits (B, vocab_size). temperature 0: the most likely one;
+    top_k 0: no limit; top_p: nucleus sampling (Holtzman et al. 2019)."""
+    if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    # the largest becomes 0, so that no temperature can make it infinite
-    logits = (logits - logits.max(dim=-1, keepdim=True).values) / temperature
+    logits = logits / temperature
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        kth_logit = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth_logit, -math.inf)
     probs = F.softmax(logits, dim=-1)
-    if top_p < 1.0:  # nucleus sampling (Holtzman et al. 2019)
-        p, order = probs.sort(dim=-1, descending=True)
-        enough = p.cumsum(dim=-1) - p >= top_p  # those before suffice
-        p[:, 1:] = p[:, 1:].masked_fill(enough[:, 1:], 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, order, p)
+    if top_p < 1.0:
+        sorted_probs, order = probs.sort(dim=-1, descending=True)
+        # drop a token if the more likely ones already have a total probability of top_p
+        drop = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p
+        drop[:, 0] = False
+        probs = probs.masked_fill(drop.scatter(-1, order, drop), 0.0)
     return torch.multinomial(probs, 1, generator=generator)
 
 
-# OpenAI's code keeps linear layers as (in, out), PyTorch as (out, in)
+# OpenAI's release stores these as (in, out), nn.Linear as (out, in)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# what else the config.json of a GPT-2 says
-GPT2 = {
-    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-    "n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+# what config.json contains for every GPT-2
+HF_CONFIG = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 
 
-def download_gpt2(name: str) -> Path:
-    """The folder of OpenAI's weights in the hub's cache, fetched if absent."""
-    names = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    if name not in names:
-        raise SystemExit(f"no model {name!r}: give a folder, or one of {', '.join(names)}")
-    from huggingface_hub import snapshot_download
-
-    files = ["config.json", "model.safetensors"]
-    try:
-        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=files))
-    except Exception as error:  # offline, refused, rate-limited: the hub has a word for each
-        reason = f"the hub does not give {name} ({type(error).__name__})"
-        raise SystemExit(f"{reason}: connect once, or name a folder with its {files}") from None
+# ---- 3. data -------------------------------------------------------------------------------------
 
 
-# ---- data: shards to batches ---------------------------------------------------------------------
+@functools.lru_cache(maxsize=2)  # a step may read the end of an epoch and the start of the next
+def epoch_order(n_sequences: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the sequences in an epoch: a permutation, (n_sequences,)."""
+    return np.random.default_rng((seed, epoch)).permutation(np.arange(n_sequences, dtype=np.uint32))
 
 
-class Windows:
-    """A split's tokens as numbered windows of block_size + 1 tokens; neighbours share one."""
+class DataLoaderLite:
+    """Batches of token sequences from the shards of a split.
 
-    def __init__(self, data_dir: str, split: str, block_size: int, vocab_size: int):
-        self.block_size = block_size
-        self.shards = fineweb.open_shards(data_dir, split, vocab_size)  # each (n,) uint16, on disk
-        # a window ends before its shard does: less than a window a shard is never read
-        self.ends = np.cumsum([max(0, len(shard) - 1) // block_size for shard in self.shards])
-        if not len(self):
+    A batch is a pure function of the step: the step, the micro-step and the rank decide which
+    sequences it contains. So there is no loader state to save, and the losses do not depend on
+    the number of ranks or on the micro-batch size B.
+    """
+
+    def __init__(self, config: Config, split: str, B: int, ddp_rank: int, ddp_world_size: int):
+        self.B, self.T = B, config.gpt.block_size
+        self.ddp_rank, self.ddp_world_size = ddp_rank, ddp_world_size
+        self.shuffle, self.seed = config.shuffle, config.seed
+        self.sequences_per_step = config.total_batch_size // self.T
+        self.shards = fineweb.open_shards(config.data_dir, split, config.gpt.vocab_size)
+        # a sequence is T + 1 tokens of one shard; its last token is the first of the next sequence
+        self.ends = np.cumsum([max(0, len(shard) - 1) // self.T for shard in self.shards])
+        self.n_sequences = int(self.ends[-1])
+        if self.n_sequences == 0:
             raise SystemExit(
-                f"{data_dir} has too little {split} text for --block_size {block_size}"
+                f"the {split} split in {config.data_dir} has less than {self.T} tokens"
             )
 
-    def __len__(self) -> int:
-        return int(self.ends[-1])
+    def sequences(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sequences with these numbers as x, y, both (B, T) int64; y is x shifted by one."""
+        rows = []
+        for i in indices:
+            k = int(np.searchsorted(self.ends, i, side="right"))  # the number of the shard
+            start = (i - (int(self.ends[k - 1]) if k else 0)) * self.T
+            rows.append(self.shards[k][start : start + self.T + 1])
+        tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
+        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        # a copy from pinned memory to the GPU does not block the CPU
+        return (x.pin_memory(), y.pin_memory()) if torch.cuda.is_available() else (x, y)
 
-    def __getitem__(self, i: int) -> np.ndarray:
-        """Window i: (block_size + 1,) uint16."""
-        k, start = self.place(i)
-        return self.shards[k][start : start + self.block_size + 1]
-
-    def place(self, i: int) -> tuple[int, int]:
-        """Window i's shard, and where in it the window starts."""
-        k = int(np.searchsorted(self.ends, i, side="right"))
-        return k, (i - (int(self.ends[k - 1]) if k else 0)) * self.block_size
-
-    def describe(self, indices: Iterable[int]) -> str:
-        """Where windows lie: a line for each shard, with their first tokens' places in it."""
-        starts = {}
-        for k, start in sorted(map(self.place, indices)):
-            starts.setdefault(self.shards[k].filename, []).append(str(start))
-        return "\n".join(f"  {file}: tokens from {', '.join(s)}" for file, s in starts.items())
-
-    def stack(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows as a batch x, y, both (B, T) int64: y is x moved by one."""
-        tokens = np.stack([self[i] for i in indices]).astype(np.int64)  # (B, T + 1)
-        x, y = torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])
-        return x.contiguous(), y.contiguous()
+    def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's batch x, y, both (B, T) int64, of a micro-step."""
+        first = (micro_step * self.ddp_world_size + self.ddp_rank) * self.B
+        indices = []
+        for n in range(first, first + self.B):
+            epoch, i = divmod(step * self.sequences_per_step + n, self.n_sequences)
+            if self.shuffle:
+                i = int(epoch_order(self.n_sequences, self.seed, epoch)[i])
+            indices.append(i)
+        return self.sequences(indices)
 
 
-@functools.lru_cache(maxsize=2)  # one step may see the end of an epoch and the next one's start
-def epoch_order(n_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """Each epoch's own order: a permutation of the windows' numbers, (n_windows,)."""
-    order = np.arange(n_windows, dtype=np.uint32)
-    np.random.default_rng((seed, epoch)).shuffle(order)
-    return order
+def prepare_demo_data(config: Config):
+    """Make the demo's data: Python's standard library as bytes, and questions about it."""
+    path = Path(config.hellaswag_file)
+    if not path.exists():
+        fineweb.main(dataset="stdlib", out=config.data_dir)
+        # in HellaSwag's form, on held-out code: which of four lines comes next?
+        shards = fineweb.open_shards(config.data_dir, "val", config.gpt.vocab_size)
+        text = fineweb.get_encoding("bytes").decode(np.concatenate(shards).tolist())
+        examples = hellaswag.make_examples(text.split("<|endoftext|>"), 200)
+        write_atomically(path, "".join(json.dumps(example) + "\n" for example in examples))
 
 
-def windows_of_step(windows: Windows, config: Config, step: int, share=slice(None)) -> list[int]:
-    """The windows that update `step` takes, or a share of them: W, from number step * W of the
-    epochs' orders laid end to end."""
-    W = config.total_batch_size // config.block_size
-    indices = []
-    for number in range(step * W, (step + 1) * W)[share]:
-        epoch, i = divmod(number, len(windows))
-        if config.shuffle:
-            i = int(epoch_order(len(windows), config.seed, epoch)[i])
-        indices.append(i)
-    return indices
-
-
-def get_batch(windows: Windows, config: Config, step: int, micro_step: int, rank=0, world_size=1):
-    """The batch x, y, both (B, T) int64, of a rank's micro-step: a function of its arguments.
-
-    Micro-steps and ranks share the step's windows out. No position is kept, so none is lost and
-    none drifts.
-    """
-    B = config.micro_batch_size
-    first = (micro_step * world_size + rank) * B
-    return windows.stack(windows_of_step(windows, config, step, slice(first, first + B)))
-
-
-def prefetch(fetch: Callable, arguments: Iterable[tuple], ahead: int = 4) -> Iterator:
-    """fetch(*a) for each a in arguments, in order, by a thread that keeps `ahead` of its reader."""
-    arguments = iter(arguments)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        pending = deque(thread.submit(fetch, *a) for a in itertools.islice(arguments, ahead))
-        while pending:
-            batch = pending.popleft().result()
-            pending.extend(thread.submit(fetch, *a) for a in itertools.islice(arguments, 1))
-            yield batch
-
-
-# ---- optimizer and schedule ----------------------------------------------------------------------
-
-
-def get_lr(step: int, config: Config) -> float:
-    """The learning rate of update `step`: linear warm-up, then half a cosine down to min_lr; or,
-    with a cooldown, a constant rate and then a line (Hägele et al. 2024)."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps  # + 1: a rate of 0 would waste a step
-    if config.cooldown:
-        left = (config.max_steps - step) / (config.cooldown * config.max_steps)  # of the cooldown
-        return config.min_lr + max(0.0, min(1.0, left)) * (config.lr - config.min_lr)
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))  # from 1 to 0
-    return config.min_lr + cosine * (config.lr - config.min_lr)
-
-
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices of the blocks, which map vectors to vectors: neither embeddings nor the head."""
-    return [p for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name]
-
-
-def configure_muon(model: nn.Module, config: Config) -> torch.optim.Muon | None:
-    """Muon for the hidden matrices, if the configuration wants it."""
-    if config.optimizer == "adamw":
-        return None
-    decay = config.weight_decay
-    return torch.optim.Muon(hidden_matrices(model), lr=config.muon_lr, weight_decay=decay)
-
-
-def configure_optimizer(model: nn.Module, config: Config, device_type: str) -> torch.optim.AdamW:
-    """AdamW for what is not Muon's. It decays matrices (2 dimensions: linear layers, embeddings)
-    and nothing else."""
-    taken = {*hidden_matrices(model)} if config.optimizer == "muon" else set()
-    params = [p for p in model.parameters() if p not in taken]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    # fused: one kernel goes over all parameters, instead of a dozen over each
-    fused = device_type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=fused)
-
-
-def step_muon(muon: torch.optim.Muon, scaler, rank: int = 0, world_size: int = 1):
-    """Muon's update. Orthogonalizing is the dear part: ranks share the matrices out, the largest
-    first, and give each other theirs, with its momentum, so that all stay the same."""
-    params = sorted(muon.param_groups[0]["params"], key=torch.numel, reverse=True)
-    for i, p in enumerate(params):
-        if i % world_size != rank:
-            p.grad = None  # Muon passes over it
-    scaler.step(muon)
-    if world_size == 1:
-        return
-    for owner in range(min(world_size, len(params))):
-        tensors = []
-        for p in params[owner::world_size]:
-            if "momentum_buffer" not in muon.state[p]:
-                muon.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            tensors += [p.detach(), muon.state[p]["momentum_buffer"]]
-        flat = torch.cat([t.flatten() for t in tensors])  # one message instead of many
-        dist.broadcast(flat, owner)
-        if owner != rank:
-            for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-                t.copy_(part.view_as(t))
-
-
-def is_spike(loss: float, before: Sequence[float]) -> bool:
-    """Whether a loss stands out by six standard deviations from those before it."""
-    return len(before) >= 20 and loss > np.mean(before) + 6 * np.std(before)
-
-
-# ---- evaluation ----------------------------------------------------------------------------------
-
-SAMPLE_PROMPT = "Hello, I'm a language model,"
-
-
-def val_windows(windows: Windows, config: Config) -> int:
-    """How many windows have the split's first val_tokens tokens."""
-    return max(1, min(config.val_tokens // config.block_size, len(windows)))
-
-
-@torch.no_grad()
-def validation_loss(
-    model,
-    raw_model: GPT,
-    windows: Windows,
-    config: Config,
-    rank=0,
-    world_size=1,
-    stop=lambda: False,
-) -> float:
-    """Mean cross-entropy in nats of the split's first val_tokens tokens; ranks share them out.
-    `stop` is asked before each batch, and may end the evaluation early."""
-    device, B = raw_model.lm_head.weight.device, config.micro_batch_size
-    n_windows = val_windows(windows, config)
-    mine = range(rank, n_windows, world_size)
-    total = 0.0
-    raw_model.eval()
-    for i in range(0, len(mine), B):
-        if stop():
-            break
-        x, y = windows.stack(mine[i : i + B])
-        whole = len(x) == B  # another shape would be compiled anew
-        _, loss = (model if whole else raw_model)(x.to(device), y.to(device))
-        total += loss.item() * len(x)
-    raw_model.train()
-    return sum_over_ranks(total, device=device)[0] / n_windows
-
-
-def sample_texts(model: GPT, encoding, prompt: str, seed: int, n: int = 4) -> list[str]:
-    """n continuations of the prompt by 32 tokens, each among the 50 likeliest; a seed, a text."""
-    device = model.lm_head.weight.device
-    idx = torch.tensor([encoding.encode_ordinary(prompt)], device=device)  # (1, T)
-    generator = torch.Generator(device).manual_seed(seed)
-    model.eval()
-    idx = model.generate(idx, 32, num_samples=n, top_k=50, generator=generator)  # (n, T + 32)
-    model.train()
-    return [encoding.decode([t for t in row if t < encoding.n_vocab]) for row in idx.tolist()]
-
-
-# ---- the run -------------------------------------------------------------------------------------
-
-
-def resolve_micro_batch_size(
-    config: Config, world_size: int, fits: Callable[[int], bool] = lambda B: B <= 4
-) -> int:
-    """Sequences of a forward pass; for auto the largest power of two that fits, and divides a
-    rank's step. SystemExit if the batch does not divide."""
-    sequences, rest = divmod(config.total_batch_size, config.block_size * world_size)
-    if rest or not sequences:
-        raise SystemExit(
-            f"--total_batch_size {config.total_batch_size} is no multiple of {world_size} ranks x "
-            f"--block_size {config.block_size}: give one that is"
-        )
-    if config.micro_batch_size == "auto":
-        B = math.gcd(sequences, 2**30)
-        while B > 1 and not fits(B):
-            B //= 2
-        return B
-    if sequences % config.micro_batch_size:
-        raise SystemExit(
-            f"--micro_batch_size {config.micro_batch_size} does not divide the {sequences} "
-            "sequences of a rank's step: give one that does"
-        )
-    return config.micro_batch_size
-
-
-def flops_per_token(config: Config, n_params: int) -> int:
-    """Of forward and backward pass: 6 for each parameter, and 6 L C T for attention, half of the
-    12 L C T in appendix B of the PaLM paper, since a causal kernel skips the other half."""
-    return 6 * n_params + 6 * config.n_layer * config.n_embd * config.block_size
-
-
-def model_of(path: Path, checkpoint: dict, dropout: float) -> GPT:
-    """A checkpoint's model, whose positions may be more than the windows it was trained on.
-    SystemExit where hyperparameters, weights and moments are not those of a run of this script."""
-    try:
-        config = checkpoint["config"]
-        config.pop("prompt", None)  # was among the hyperparameters once
-        config = Config(**config)
-        check_config(config)
-        n_positions = len(checkpoint["model"]["transformer.wpe.weight"])
-        config = replace(config, block_size=n_positions, dropout=dropout)
-        model = GPT.with_weights(config, checkpoint["model"])
-        adamw, muon = configure_optimizer(model, config, "cpu"), configure_muon(model, config)
-        for name, optimizer, keys in (
-            ("optimizer", adamw, ("step", "exp_avg", "exp_avg_sq")),
-            ("muon", muon, ("momentum_buffer",)),
-        ):
-            groups = optimizer.param_groups if optimizer else []
-            shapes = [p.shape for group in groups for p in group["params"]]
-            shapes = [{key: () if key == "step" else shape for key in keys} for shape in shapes]
-            states = checkpoint[name]["state"].items() if optimizer else ()
-            found = {i: {key: w.shape for key, w in state.items()} for i, state in states}
-            if found and found != dict(enumerate(shapes)):  # there are none before the first update
-                raise ValueError("the optimizer's moments are of other weights")
-        return model
-    except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        line = f"{path} is of another version of this script ({reason:.500}): use that version"
-        raise SystemExit(line) from None
-
-
-def load_model(source: str, dropout: float = 0.0) -> GPT:
-    """The weights of a checkpoint, the newest ones of a run's folder, or whatever
-    GPT.from_pretrained can load."""
-    try:
-        path = Path(source)
-        if path.suffix == ".pt" and not os.path.isdir(path):
-            checkpoint = runs.load_checkpoint(path)
-        else:
-            path, checkpoint = runs.newest_checkpoint(path)
-    except ValueError as error:
-        raise SystemExit(f"{error}: take another one") from None
-    if checkpoint:
-        return model_of(path, checkpoint, dropout)
-    exported = Path(source) / "hf"
-    return GPT.from_pretrained(exported if os.path.isdir(exported) else source, dropout)
-
-
-def encoding_of(vocab_size: int):
-    """The encoding that a vocabulary belongs to, or is larger than; SystemExit if none is."""
-    if vocab_size < 50257 and vocab_size != 257:
-        raise SystemExit(
-            f"no encoding has {vocab_size} tokens: give --vocab_size 257 (bytes) or 50257 (GPT-2), "
-            "or --sample_interval 0 --hellaswag_interval 0"
-        )
+def get_encoding_for(vocab_size: int):
+    """The tiktoken encoding that a vocabulary size belongs to."""
+    if vocab_size != 257 and vocab_size < 50257:
+        raise SystemExit(f"--vocab_size {vocab_size} has no encoding: give 257 (bytes) or 50257")
     return fineweb.get_encoding("bytes" if vocab_size == 257 else "gpt2")
 
 
-def check_config(config: Config):
-    """SystemExit naming the first hyperparameter that makes no sense."""
-    for f in fields(config):
-        name, value, kind = f.name, getattr(config, f.name), type(f.default)
-        if name == "micro_batch_size":
-            if value == "auto":
-                continue
-            kind = int
-        if not isinstance(value, int | float if kind is float else kind):  # not from a flag
-            raise SystemExit(f"--{name} {value!r}: give it a value of type {kind.__name__}")
-        positive = ("n_", "block", "vocab", "total", "micro", "max_steps")
-        least = 1 if name.startswith(positive) else 0
-        shares = ("dropout", "beta1", "beta2", "cooldown")
-        below = 1.0 if name in shares else 1e18 if kind is int else math.inf
-        if kind in (int, float) and not least <= value < below:
-            raise SystemExit(f"--{name} {value}: give {least} or more, and less than {below}")
-    if config.n_embd % config.n_head:
-        raise SystemExit(f"--n_embd {config.n_embd} does not divide into --n_head {config.n_head}")
+# ---- 4. learning rate schedule -----------------------------------------------------------------
 
 
-def network_of(model: GPT, config: Config) -> Config:
-    """The configuration with the model's network."""
-    return replace(config, **{name: getattr(model.config, name) for name in NETWORK})
+def get_lr(step: int, config: Config) -> float:
+    """The learning rate of a step: linear warmup, then cosine decay to min_lr; or, with a cooldown,
+    a constant rate followed by a linear decay (Hägele et al. 2024)."""
+    max_lr, min_lr, max_steps = config.lr, config.min_lr, config.max_steps
+    if step < config.warmup_steps:
+        return max_lr * (step + 1) / config.warmup_steps  # + 1: a rate of 0 would waste a step
+    if config.cooldown:
+        remaining = (max_steps - step) / (config.cooldown * max_steps)  # above 1: not yet begun
+        return min_lr + min(1.0, remaining) * (max_lr - min_lr)
+    decay_ratio = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    coeff = 0.5 * (1.0 + math.cos(math.pi * min(1.0, decay_ratio)))  # from 1 to 0
+    return min_lr + coeff * (max_lr - min_lr)
 
 
-def open_windows(config: Config, split: str) -> Windows:
-    """A split's windows. SystemExit if weights and shards speak of other tokens."""
-    n_vocab = fineweb.read_manifest(config.data_dir).get("vocab_size", config.vocab_size)
-    if config.init_from and n_vocab != config.vocab_size:
-        raise SystemExit(
-            f"{config.data_dir}/ has a vocabulary of {n_vocab}, {config.init_from} one of "
-            f"{config.vocab_size}: make the shards in the weights' encoding, or take other weights"
-        )
-    return Windows(config.data_dir, split, config.block_size, config.vocab_size)
+# ---- 5. evaluation -------------------------------------------------------------------------------
 
 
-def questions_of(config: Config, encoding, way: str) -> list[hellaswag.Question]:
-    """HellaSwag's questions, or those that the data has about itself, rendered this way."""
-    own = Path(config.data_dir) / "hellaswag_val.jsonl"
+@torch.no_grad()
+def evaluate_loss(model, raw_model: GPT, val_loader: DataLoaderLite, n_tokens: int, device: str):
+    """Mean cross-entropy in nats per token, next-token accuracy, and number of tokens, for the
+    first n_tokens of the validation split. The ranks split the sequences."""
+    n_sequences = max(1, min(n_tokens // val_loader.T, val_loader.n_sequences))
+    indices = range(val_loader.ddp_rank, n_sequences, val_loader.ddp_world_size)
+    loss_sum = num_correct = 0.0
+    raw_model.eval()
+    for i in range(0, len(indices), val_loader.B):
+        x, y = val_loader.sequences(indices[i : i + val_loader.B])
+        x, y = x.to(device), y.to(device)
+        # a smaller last batch would be compiled again
+        logits, loss = model(x, y) if len(x) == val_loader.B else raw_model(x, y)
+        loss_sum += loss.item() * y.numel()
+        num_correct += (logits.argmax(dim=-1) == y).sum().item()
+    raw_model.train()
+    loss_sum, num_correct = sum_over_ranks(loss_sum, num_correct, device=device)
+    n_tokens = n_sequences * val_loader.T
+    return loss_sum / n_tokens, num_correct / n_tokens, n_tokens
+
+
+def sample_texts(model: GPT, enc, prompt: str, config: Config):
+    """Yield num_samples continuations of the prompt, each with the prompt."""
+    device = model.lm_head.weight.device
+    tokens = enc.encode(prompt, allowed_special="all") or [enc.eot_token]
+    idx = torch.tensor([tokens], device=device)  # (1, T)
+    sampling = (config.max_new_tokens, config.temperature, config.top_k, config.top_p)
+    model.eval()
+    for i in range(config.num_samples):
+        generator = torch.Generator(device).manual_seed(config.seed + i)
+        tokens = model.generate(idx, *sampling, enc.eot_token, generator)[0, idx.size(1) :].tolist()
+        yield prompt + enc.decode([token for token in tokens if token < enc.eot_token])
+    model.train()
+
+
+# ---- 6. the run's folder: config.json, log.txt, curve.png, step_NNNNNN.pt, hf/ -------------------
+
+
+def write_atomically(path: Path, text: str):
+    """Write a temporary file and rename it: the file is complete or absent."""
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def checkpoint_paths(log_dir: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted(log_dir.glob("step_[0-9]*.pt"))
+
+
+def load_checkpoint(path: Path) -> dict | None:
+    """Read a checkpoint, or the newest readable one in a folder, to the CPU. None if the folder has
+    no checkpoint."""
+    paths = checkpoint_paths(path) if path.is_dir() else [path]
+    for path in reversed(paths):
+        try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
+                if archive.testzip():
+                    raise ValueError("wrong checksum")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+            if not {"model", "gpt", "config", "optimizers", "step", "data"} <= set(checkpoint):
+                raise ValueError("not a checkpoint of this script")
+            return checkpoint
+        except Exception as error:  # missing, truncated or corrupt
+            reason = (str(error) or repr(error)).splitlines()[0]
+            print(f"cannot read {path} ({reason:.200})", file=sys.stderr)
+    if paths:
+        raise SystemExit("no readable checkpoint: give another one, or start a new run")
+    return None
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread. If one cannot be written, `failure` has the reason; the run
+    continues, and the next checkpoint is a new attempt."""
+
+    def __init__(self, log_dir: Path, config: Config, data: str):
+        self.log_dir, self.config, self.data = log_dir, config, data
+        self.thread, self.pending, self.failure = ThreadPoolExecutor(max_workers=1), None, ""
+
+    def save(self, step: int, model: GPT, optimizers, scaler):
+        """Copy the state of the run, and write the copy in the background."""
+        self.wait()
+        checkpoint = {
+            "step": step,
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": scaler.state_dict(),
+            "gpt": asdict(model.config),
+            "config": flatten(self.config),
+            "data": self.data,
+        }
+        self.pending = self.thread.submit(self.write, copy.deepcopy(checkpoint))
+
+    def write(self, checkpoint: dict):
+        path = self.log_dir / f"step_{checkpoint['step']:06d}.pt"
+        tmp = self.log_dir / "checkpoint.tmp"
+        try:
+            torch.save(checkpoint, tmp)
+            with open(tmp, "rb+") as file:
+                os.fsync(file.fileno())  # on the disk before it gets its name
+            os.replace(tmp, path)
+            keep, interval = self.config.keep_checkpoints, self.config.archive_interval
+            for old in checkpoint_paths(self.log_dir)[:-keep] if keep else []:
+                if not interval or int(old.stem[5:]) % interval:
+                    old.unlink()
+            self.failure = ""
+        except (OSError, RuntimeError) as error:  # torch.save: RuntimeError if the disk is full
+            self.failure = (str(error) or repr(error)).splitlines()[0]
+            tmp.unlink(missing_ok=True)
+
+    def wait(self):
+        """Wait until the last checkpoint is written."""
+        if self.pending:
+            self.pending.result()
+
+
+LOG_LINE = re.compile(r"^(\d+) (train|val|hella) (\S+)\n", re.MULTILINE)  # not a truncated one
+
+
+class RunLog:
+    """log.txt, one line `step stream value` for each number; Weights & Biases if enabled."""
+
+    def __init__(self, log_dir: Path, config: Config, first_step: int):
+        self.path, self.wandb_run = log_dir / "log.txt", None
+        # a resumed run repeats the steps after its checkpoint
+        lines = LOG_LINE.findall(self.path.read_text()) if self.path.exists() else []
+        lines = [" ".join(line) + "\n" for line in lines if int(line[0]) < first_step]
+        write_atomically(self.path, "".join(lines))
+        if config.wandb:
+            settings = {"name": log_dir.name, "dir": log_dir, "config": flatten(config)}
+            try:
+                import wandb
+
+                self.wandb_run = wandb.init(project="gpt2", **settings)
+            except Exception as error:  # not installed, not logged in
+                reason = (str(error) or repr(error)).splitlines()[0]
+                raise SystemExit(f"--wandb: {reason}; WANDB_MODE=offline needs no login") from None
+
+    def write(self, step: int, stream: str, value: float):
+        try:
+            with open(self.path, "a") as file:
+                file.write(f"{step} {stream} {value:.6f}\n")
+        except OSError as error:  # a full disk; the run is worth more than its log
+            print(f"cannot write to {self.path}: {error.strerror}", flush=True)
+        if self.wandb_run:
+            self.wandb_run.log({stream: value}, step=step)
+
+
+def read_log(log_dir: str | Path) -> dict[str, tuple[list[int], list[float]]]:
+    """log.txt as {stream: (steps, values)}."""
+    streams = {"train": ([], []), "val": ([], []), "hella": ([], [])}
+    for step, stream, value in LOG_LINE.findall((Path(log_dir) / "log.txt").read_text()):
+        streams[stream][0].append(int(step))
+        streams[stream][1].append(float(value))
+    return streams
+
+
+def draw_curve(log_dir: Path, config: Config):
+    """Draw log.txt as curve.png: losses on the left, accuracy on HellaSwag on the right."""
     try:
-        examples = hellaswag.load(own if own.exists() else hellaswag.PATH)
-    except SystemExit as error:
-        raise SystemExit(f"{error}; or do without, --hellaswag_interval 0") from None
-    return hellaswag.prepare(examples, encoding, config.block_size, hellaswag.WAYS[way])
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        streams = read_log(log_dir)
+        left.plot(*streams["train"], linewidth=0.7, label="training loss")
+        left.plot(*streams["val"], marker=".", label="validation loss")
+        right.plot(*streams["hella"], marker=".", label="accuracy")
+        right.axhline(0.25, color="silver", linestyle=":", label="chance")
+        if config.gpt.vocab_size >= 50257:
+            # GPT-2: build-nanogpt's play.ipynb and hellaswag.py; GPT-3: its paper, table H.1
+            left.axhline(3.2924, color="C3", linestyle="--", label="GPT-2 124M, validation")
+            right.axhline(0.2955, color="C3", linestyle="--", label="GPT-2 124M")
+            right.axhline(0.337, color="C2", linestyle="--", label="GPT-3 124M")
+        losses = [loss for loss in streams["train"][1] if math.isfinite(loss)]
+        if losses:  # do not let the first steps hide the rest
+            left.set_ylim(top=1.05 * max(losses[len(losses) // 50 :]))
+        left.set(title=log_dir.name, xlabel="step", ylabel="loss (nats per token)")
+        right.set(title=Path(config.hellaswag_file).stem, xlabel="step", ylabel="accuracy")
+        left.legend()
+        right.legend()
+        figure.savefig(log_dir / "curve.png")
+    except (ImportError, OSError) as error:  # no matplotlib, a full disk
+        print(f"cannot draw {log_dir}/curve.png: {error}", flush=True)
 
 
-def prepare(config: Config, path: Path | None, checkpoint: dict | None):
-    """All else that a run starts from: configuration, model (on the CPU), fingerprint of the data,
-    windows, encoding, HellaSwag's questions. Whatever is wrong with them is said here, before the
-    first step."""
-    data = fineweb.fingerprint(config.data_dir)
+def choose_log_dir(config: Config) -> Path:
+    """The run's folder: that of --resume or --out_dir, or a new log/NAME-NNN."""
+    runs = sorted(Path("log").glob(f"{config.name}-[0-9][0-9][0-9]"))
+    unfinished = [run for run in runs if not (run / "hf").exists()]
+    if config.resume not in ("", "auto"):
+        if not checkpoint_paths(Path(config.resume)):
+            raise SystemExit(f"no step_*.pt in {config.resume}: give --resume a run's folder")
+        return Path(config.resume)
+    if config.out_dir:
+        if not config.resume and (Path(config.out_dir) / "config.json").exists():
+            raise SystemExit(f"{config.out_dir} has a run: add --resume auto, or change --out_dir")
+        return Path(config.out_dir)
+    if config.resume and unfinished:
+        return unfinished[-1]
+    return Path("log", f"{config.name}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
+
+
+def start_run(log_dir: Path, config: Config, n_params: int) -> FileLock:
+    """Create the run's folder and write config.json. The run has the folder for itself as long as
+    it holds the lock."""
+    needed = 12 * n_params * (config.keep_checkpoints + 1)  # bytes: weights and two moments
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(log_dir / "run.lock")
+        lock.acquire(timeout=0)
+        free = shutil.disk_usage(log_dir).free
+        if config.checkpoint_interval and free < needed:
+            raise SystemExit(
+                f"checkpoints need {needed / 1e9:.1f} GB, but {log_dir} has {free / 1e9:.1f} GB "
+                "free: free space, or lower --keep_checkpoints"
+            )
+        write_atomically(log_dir / "config.json", json.dumps(flatten(config), indent=2) + "\n")
+    except Timeout:
+        raise SystemExit(f"another process trains in {log_dir}: give another --out_dir") from None
+    except OSError as error:
+        raise SystemExit(f"cannot write to {log_dir}: {error.strerror}") from None
+    return lock
+
+
+def check_resume(config: Config, checkpoint: dict, data: str):
+    """Print hyperparameters that differ from the checkpoint's. Exit if the run would not be the
+    same experiment, unless resume_anyway is set."""
+    old = checkpoint["config"] | {"data": checkpoint["data"]}
+    new = flatten(config) | {"data": data}
+    changed = [name for name in FIXED + EXPERIMENT if old[name] != new[name]]
+    for name in changed:
+        print(f"{name} was {old[name]} in the run to resume, now it is {new[name]}", flush=True)
+    if set(changed) & set(FIXED):
+        raise SystemExit(f"a run cannot change its {', '.join(FIXED)}: start a new run")
+    if changed and not config.resume_anyway:
+        raise SystemExit("not the same experiment: give the old values, or --resume_anyway")
+    if checkpoint["step"] > config.max_steps:
+        raise SystemExit(f"the run has done {checkpoint['step']} steps, more than --max_steps")
+
+
+class StopSignal:
+    """Records SIGINT or SIGTERM, so that the run can stop after the current step. A second signal
+    ends the process at once."""
+
+    def __init__(self, *signals: signal.Signals):
+        self.signum, self.received_at = 0, math.inf
+        for signum in signals:
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum: int, frame):
+        # torchrun forwards the Ctrl-C that the ranks have already received from the terminal
+        if time.monotonic() > self.received_at + 1:
+            os._exit(128 + signum)
+        if not self.signum and int(os.environ.get("RANK", 0)) == 0:
+            os.write(2, b"stopping after this step; a second signal stops at once\n")
+        self.signum, self.received_at = signum, min(self.received_at, time.monotonic())
+
+
+# ---- 7. devices and DDP --------------------------------------------------------------------------
+
+# dense bfloat16 TFLOP/s (V100, T4: float16) from the data sheets
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
+PEAK_TFLOPS |= {"A10": 125, "4090": 165, "3090": 71, "V100": 125, "T4": 65}
+
+
+def peak_flops(device: str) -> float:
+    """The peak FLOP/s of a GPU; nan for a CPU and for GPUs that are not in the table."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
+    words = re.split(r"[\s-]+", name)  # "NVIDIA A100-SXM4-80GB"
+    return next((PEAK_TFLOPS[word] * 1e12 for word in words if word in PEAK_TFLOPS), math.nan)
+
+
+def get_device(name: str) -> str:
+    """auto, cuda, mps or cpu to a device; with CUDA each rank of a machine has its own."""
+    n_gpus, has_mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if n_gpus else "mps" if has_mps else "cpu"
+    n_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
+    if (name == "cuda" and n_ranks > n_gpus) or (name == "mps" and not has_mps):
+        raise SystemExit(f"{n_ranks} ranks, {n_gpus} GPUs for --device {name}: try --device cpu")
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def get_dtype(name: str, device: str) -> torch.dtype:
+    """The dtype of autocast. auto: float32, but on CUDA bfloat16, or float16 on GPUs without it."""
+    if name == "auto" and device.startswith("cuda"):
+        # GPUs before Ampere only emulate bfloat16, slowly
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    return torch.float32 if name == "auto" else getattr(torch, name)
+
+
+def get_autocast(name: str, device: str) -> torch.autocast:
+    """The context manager in which matmuls have the dtype of get_dtype."""
+    dtype = get_dtype(name, device)
+    return torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32)
+
+
+def setup_ddp(config: Config) -> tuple[bool, int, int, int, str]:
+    """ddp, ddp_rank, ddp_local_rank, ddp_world_size and this rank's device. torchrun sets the
+    environment variables."""
+    ddp = "RANK" in os.environ
+    ddp_rank = int(os.environ.get("RANK", 0))
+    ddp_local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = get_device(config.device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if ddp:
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    return ddp, ddp_rank, ddp_local_rank, ddp_world_size, device
+
+
+def sum_over_ranks(*values: float, device: str) -> list[float]:
+    """Each value summed over all ranks."""
+    if not dist.is_initialized():
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def fits_memory(model: GPT, B: int, T: int, autocast) -> bool:
+    """Whether a forward and backward pass of B sequences fit into the GPU's memory."""
+    try:
+        # AdamW's two moments, DDP's buckets, and as much again to spare
+        extra = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
+        idx = torch.zeros(B, T, dtype=torch.int64, device=extra[0].device)
+        with autocast:
+            _, loss = model(idx, idx)
+        loss.backward()  # needs more memory than the compiled model
+        return True
+    except torch.OutOfMemoryError:
+        return False
+
+
+def find_micro_batch_size(config: Config, model: GPT, ddp_world_size: int, device: str, autocast):
+    """B, the number of sequences per forward pass. auto: on a GPU the largest power of two that
+    divides the sequences of a rank and fits into memory, else at most 4."""
+    T = config.gpt.block_size
+    if config.micro_batch_size != "auto":
+        return config.micro_batch_size
+    B = math.gcd(config.total_batch_size // (T * ddp_world_size), 2**20)
+    if not device.startswith("cuda"):
+        return min(B, 4)
+    while B > 1:
+        failed = not fits_memory(model, B, T, autocast)
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        if sum_over_ranks(failed, device=device) == [0]:  # all ranks use the same B
+            break
+        B //= 2
+    return B
+
+
+# ---- 8. training ---------------------------------------------------------------------------------
+
+
+def is_due(interval: int, step: int, last_step: bool) -> bool:
+    return interval > 0 and (step % interval == 0 or last_step)
+
+
+def train(config: Config, stop_signal: StopSignal | None = None):
+    """Train a model. Exits with one line on user errors, and with 128 + signal after a signal."""
+    ddp, ddp_rank, ddp_local_rank, ddp_world_size, device = setup_ddp(config)
+    master_process = ddp_rank == 0  # this process does logging, checkpointing etc.
+    device_type = device.split(":")[0]  # cuda:0 -> cuda
+    stop_signal = stop_signal or StopSignal()
+    check_config(config, ddp_world_size)
+    shared = [None]
+    if master_process:
+        shared = [choose_log_dir(config)]
+        if config.data_dir == "demo_data":
+            prepare_demo_data(config)
+    if ddp:
+        dist.broadcast_object_list(shared)  # the other ranks wait here for rank 0
+    log_dir = shared[0]
+
+    # model
     torch.manual_seed(config.seed)
-    if checkpoint:
-        model = model_of(path, checkpoint, config.dropout)
+    checkpoint = load_checkpoint(log_dir) if log_dir.is_dir() else None
+    if checkpoint or config.init_from:
+        raw_model = load_model(config.init_from, checkpoint, config.gpt.dropout)
     else:
-        model = load_model(config.init_from, config.dropout) if config.init_from else GPT(config)
-    if config.init_from:  # the network is that of the weights, whatever the preset's
-        config = network_of(model, config)
-    n_positions = model.config.block_size
-    if config.block_size > n_positions:
-        raise SystemExit(f"--block_size {config.block_size} is beyond {n_positions} positions")
-
-    splits = ("train", "val") if config.val_interval else ("train",)
-    windows = {split: open_windows(config, split) for split in splits}
-    encoding = questions = None
-    if config.hellaswag_interval or config.sample_interval:
-        encoding = encoding_of(config.vocab_size)
-    if config.hellaswag_interval:
-        questions = questions_of(config, encoding, "lecture")
-    return config, model, data, windows, encoding, questions
-
-
-def main(config: Config, task: Task | None = None, signals: Iterable[signal.Signals] = ()):
-    """Train as the configuration says, or do what the task says instead; one of the signals ends
-    training after the step, with a checkpoint. SystemExit, one line, for what its user can mend."""
-    check_config(config)
-    if task and (what := check_task(task)):
-        return run_task(what, config, task)
-    started = time.perf_counter()
-    rank = int(os.environ.get("RANK", 0))  # torchrun's variables
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = resolve_device(config.device, local_rank)
-    dtype = resolve_dtype(config.dtype, device)
-    autocast = autocast_of(dtype, device)
-    T = config.block_size
-    B = resolve_micro_batch_size(config, world_size)  # or says now that the batch does not divide
-    start_ranks(world_size, device, config.timeout)
-
-    # rank 0 goes first: it fetches what is missing, and says once what is wrong
-    paths = [None, None]  # of the run's folder, and of the checkpoint to go on from
-    if rank == 0:
-        if config.preset == "demo":
-            demo.prepare(config.data_dir, config.block_size)
-        folder, lock = runs.choose_run(config)
-        path, checkpoint = runs.newest_checkpoint(folder) if folder else (None, None)
-        prepared = prepare(config, path, checkpoint)
-        config, raw_model, data, *_ = prepared
-        if checkpoint:
-            runs.check_same_experiment(config, checkpoint, data, (*NETWORK, "optimizer"))
-        folder, lock = runs.start_folder(folder, config, raw_model)  # ours while lock lives
-        paths = [folder, path]
-    if world_size > 1:
-        dist.broadcast_object_list(paths)
-    if rank > 0:
-        folder, path = paths
-        checkpoint = runs.load_checkpoint(path) if path else None
-        prepared = prepare(config, path, checkpoint)
-    config, raw_model, data, windows, encoding, questions = prepared
-    first_step = checkpoint["step"] if checkpoint else 0
-    n_params = sum(p.numel() for p in raw_model.parameters())
-    if rank == 0:
-        log = runs.RunLog(folder, config, first_step)
-        writer = runs.CheckpointWriter(folder, config, data)
-
+        raw_model = GPT(config.gpt)
+    if config.init_from:
+        config = with_network_of(raw_model, config)
     raw_model.to(device)
-    if config.micro_batch_size == "auto" and device.type == "cuda":
-        trial = functools.partial(fits_memory, raw_model, T=T, autocast=autocast)
-        B = resolve_micro_batch_size(config, world_size, trial)
-    config = replace(config, micro_batch_size=B)
-    grad_accum_steps = config.total_batch_size // (B * T * world_size)
-    print0(
-        f"{folder} from step {first_step} | {n_params:,} parameters | {device}, {dtype} | "
-        f"{world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens | "
-        f"{config.max_steps * config.total_batch_size / T / len(windows['train']):.2f} epochs"
-    )
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    dtype = get_dtype(config.dtype, device)
+    autocast = get_autocast(config.dtype, device)
 
-    # two handles: raw_model for what comes in other shapes, model (compiled, wrapped) for the rest
-    if config.compile:  # what is compiled is kept beside the runs, for the next one
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.abspath("log/compiled"))
-    model = torch.compile(raw_model) if config.compile else raw_model
-    if world_size > 1:
-        devices = [device] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
-    muon = configure_muon(raw_model, config)
-    optimizer = configure_optimizer(raw_model, config, device.type)
-    optimizers = [optimizer, muon] if muon else [optimizer]
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    # data
+    T = config.gpt.block_size
+    B = find_micro_batch_size(config, raw_model, ddp_world_size, device, autocast)
+    grad_accum_steps = config.total_batch_size // (B * T * ddp_world_size)
+    train_loader = DataLoaderLite(config, "train", B, ddp_rank, ddp_world_size)
+    data = fineweb.fingerprint(config.data_dir)
+    if config.val_interval:
+        val_loader = DataLoaderLite(config, "val", B, ddp_rank, ddp_world_size)
+    if config.sample_interval or config.hellaswag_interval:
+        enc = get_encoding_for(config.gpt.vocab_size)
+    if config.hellaswag_interval:
+        examples = hellaswag.iterate_examples(config.hellaswag_file)
+        examples = hellaswag.prepare(examples, enc, T)
+
+    # optimizers
+    optimizers = raw_model.configure_optimizers(config, device_type)
+    scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
+    first_step = 0
     if checkpoint:
-        # the moments are the run's, the hyperparameters those of now
-        for name, part in (("optimizer", optimizer), ("muon", muon)):
-            if part:
-                part.load_state_dict(
-                    checkpoint[name] | {"param_groups": part.state_dict()["param_groups"]}
-                )
-        if checkpoint["scaler"]:  # empty, if the run was not in float16 until now
+        check_resume(config, checkpoint, data)
+        first_step = checkpoint["step"]
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            # the moments are the checkpoint's, the hyperparameters those of this command
+            state["param_groups"] = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(state)
+        if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
-        del checkpoint, prepared  # 1.5 GB
+        del checkpoint
 
-    def fetch(step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = get_batch(windows["train"], config, step, micro_step, rank, world_size)
-        # out of pinned memory a GPU copies while it computes
-        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+    # model is compiled and wrapped in DDP; raw_model is for all that has other shapes
+    model = torch.compile(raw_model) if config.compile else raw_model
+    if ddp:
+        device_ids = [ddp_local_rank] if device_type == "cuda" else None
+        model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)  # saves memory
+    if master_process:
+        lock = start_run(log_dir, config, n_params)
+        log = RunLog(log_dir, config, first_step)
+        writer = CheckpointWriter(log_dir, config, data)
+        epochs = config.max_steps * train_loader.sequences_per_step / train_loader.n_sequences
+        start_line = f"{log_dir} | {n_params:,} parameters | {device} | {dtype}"
+        print(f"{start_line} | starting at step {first_step}")
+        batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
+        print(
+            f"{config.total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs", flush=True
+        )
 
-    def is_due(interval: int, step: int) -> bool:
-        return interval > 0 and (step % interval == 0 or step == config.max_steps)
-
-    def stopping() -> bool:
-        """Whether any rank got a signal: all must stop at the same step."""
-        return any(sum_over_ranks(stop.signum, device=device))
-
-    steps = range(first_step, config.max_steps)
-    batches = prefetch(fetch, ((s, m) for s in steps for m in range(grad_accum_steps)))
-    flops_per_step = flops_per_token(config, n_params) * config.total_batch_size
-    texts, bad_steps, recent = [], 0, deque(maxlen=100)  # losses of the last steps
-    if rank == 0:
-        recent.extend(filter(math.isfinite, log.losses))
-    stop = runs.StopSignal(signals)
-    watchdog = runs.Watchdog(rank, config.timeout if world_size > 1 else 0)
-
-    def stop_early() -> bool:  # an evaluation, before each of its batches
-        watchdog.seen(name)
-        return stop.signum > 0
-
-    start = time.perf_counter()
+    flops_per_step = raw_model.flops_per_token(T) * config.total_batch_size
+    bad_steps = 0
+    start = time.time()
     for step in range(first_step, config.max_steps + 1):
-        name = f"step {step}/{config.max_steps}"
-        watchdog.seen(name)
+        last_step = step == config.max_steps
 
-        # first, so that a run continued from here does all the rest of this turn again
-        due = is_due(config.checkpoint_interval, step) and step > first_step
-        if rank == 0 and (due or writer.failure) and not bad_steps:
-            writer.save(step, raw_model, optimizer, scaler, muon)
-        if stopped := stopping():
+        # save before evaluating: a run that is resumed from here repeats this step's evaluations
+        stopping = any(sum_over_ranks(stop_signal.signum, device=device))
+        save = stopping or is_due(config.checkpoint_interval, step, last_step)
+        if master_process and save and step > first_step and not bad_steps:
+            writer.save(step, raw_model, optimizers, scaler)
+        if stopping:
             break
-        if is_due(config.val_interval, step):
+        if is_due(config.val_interval, step, last_step):
             with autocast:
-                loss = validation_loss(model, raw_model, windows["val"], config, rank, world_size,
-                                       stop_early)  # fmt: skip
-            if stopped := stopping():
-                break
-            print0(f"{name} | val {loss:.4f}")
-            if rank == 0:
-                log.write(step, "val", loss)
-        if is_due(config.hellaswag_interval, step):
-            counts = hellaswag.evaluate(raw_model, questions, rank=rank, world_size=world_size,
-                                        autocast=autocast, stop=stop_early)  # fmt: skip
-            counts = hellaswag.Counts(*sum_over_ranks(*counts, device=device))
-            if stopped := stopping():
-                break
-            print0(f"{name} | hella {counts.acc_norm:.4f}")
-            if rank == 0:
-                log.write(step, "hella", counts.acc_norm)
-        if is_due(config.sample_interval, step) and rank == 0:
+                n_tokens = config.val_tokens
+                val_loss, _, _ = evaluate_loss(model, raw_model, val_loader, n_tokens, device)
+            if master_process:
+                print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
+                log.write(step, "val", val_loss)
+        if is_due(config.hellaswag_interval, step, last_step):
             with autocast:
-                texts = sample_texts(raw_model, encoding, SAMPLE_PROMPT, config.seed)
-            print0("\n".join(f"{name} | sample {text!r}" for text in texts))
-            log.mirror(step, {"samples": texts})
-        if step == config.max_steps:
+                counts = hellaswag.evaluate(raw_model, examples, ddp_rank, ddp_world_size)
+            _, num_correct_norm, num_total = sum_over_ranks(*counts, device=device)
+            if master_process:
+                print(f"step {step:5d} | hella {num_correct_norm / num_total:.4f}", flush=True)
+                log.write(step, "hella", num_correct_norm / num_total)
+        if is_due(config.sample_interval, step, last_step) and master_process:
+            with autocast:
+                for text in sample_texts(raw_model, enc, config.sample_prompt, config):
+                    print(f"step {step:5d} | sample: {text}", flush=True)
+        if is_due(config.val_interval, step, last_step) and master_process:
+            draw_curve(log_dir, config)
+        if last_step:
             break
 
-        # one step of training, and nothing else, between t0 and dt
-        t0 = time.perf_counter()
-        torch.manual_seed(config.seed + 1 + step * world_size + rank)  # for dropout
-        lr = get_lr(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if muon:
-            muon.param_groups[0]["lr"] = config.muon_lr * lr / (config.lr or 1.0)
-        loss_sum = torch.zeros((), device=device)
+        # one training step
+        torch.manual_seed(config.seed + step * ddp_world_size + ddp_rank)  # of dropout
+        t0 = time.time()
+        loss_accum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
-            x, y = (t.to(device, non_blocking=True) for t in next(batches))
-            if world_size > 1:
-                # gradients meet once a step; the forward pass already prepares for it
+            x, y = train_loader.batch(step, micro_step)
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            if ddp:
+                # all-reduce only on the last micro-step; DDP reads this flag in forward()
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
-                _, loss = model(x, y)
-            loss = loss / grad_accum_steps  # gradients add up: of means, so divide by their number
-            loss_sum += loss.detach()
+                logits, loss = model(x, y)
+            del logits  # (B, T, vocab_size): the largest tensor of a step
+            loss = loss / grad_accum_steps  # the gradients are added up: divide, for their mean
+            loss_accum += loss.detach()
             scaler.scale(loss).backward()
-        if world_size > 1:
-            dist.all_reduce(loss_sum)
-        for part in optimizers:
-            scaler.unscale_(part)
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf).item()
-        loss = loss_sum.item() / world_size
-        # one update that is not finite, and no weight would ever be finite again
-        bad_steps = 0 if math.isfinite(loss) and math.isfinite(norm) else bad_steps + 1
+        if ddp:
+            dist.all_reduce(loss_accum)
+            loss_accum /= ddp_world_size
+        lr = get_lr(step, config)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        loss_accum, norm = torch.stack((loss_accum, norm)).tolist()
+        # skip a non-finite update, which would make all weights non-finite
+        bad_steps = 0 if math.isfinite(loss_accum + norm) else bad_steps + 1
         if not bad_steps:
-            if muon:
-                step_muon(muon, scaler, rank, world_size)
-            scaler.step(optimizer)
-        scaler.update()  # float16 overflows now and then: its scale goes down, and later up again
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+        scaler.update()
         raw_model.zero_grad(set_to_none=True)
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()  # the clock waits for the GPU
-        dt = time.perf_counter() - t0
+        if device_type == "cuda":
+            torch.cuda.synchronize()  # wait for the GPU to finish the step
+        dt = time.time() - t0  # in seconds
 
-        mfu = flops_per_step / dt / (peak_flops(device) * world_size)
-        steps_left = config.max_steps - step - 1
-        left = (time.perf_counter() - start) / (step + 1 - first_step) * steps_left / 60  # minutes
-        line = f"{name} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f} | {dt * 1000:.0f} ms | "
-        line += f"{config.total_batch_size / dt:,.0f} tok/s | "
-        line += f"mfu {mfu:.2f} | " if math.isfinite(mfu) else ""
-        line += f"left {left // 60:.0f}h{left % 60:02.0f}m"
-        line += f" | update skipped, {bad_steps} in a row" if bad_steps else ""
-        spike = is_spike(loss, recent)
-        line += " | spike" if spike else ""
-        if rank == 0 and writer.failure:
-            line += f" | checkpoint not written: {writer.failure}"
-        print0(line)
-        if step == first_step:
-            seconds = time.perf_counter() - started
-            print0(
-                f"{name} | the first step took {dt:.1f} s and ended {seconds:.1f} s after the start"
-            )
-        if rank == 0:
-            log.write(step, "train", loss)
+        if master_process:
+            log.write(step, "train", loss_accum)
+            tokens_per_sec = config.total_batch_size / dt
+            mfu = flops_per_step / dt / (peak_flops(device) * ddp_world_size)
+            steps_done, steps_left = step + 1 - first_step, config.max_steps - step - 1
+            seconds = (time.time() - start) / steps_done * steps_left
+            line = f"step {step:5d} | loss {loss_accum:.4f} | lr {lr:.2e} | norm {norm:.4f} | "
+            line += f"dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f} | "
+            line += f"mfu {mfu:.1%} | " if math.isfinite(mfu) else ""
+            line += f"left {seconds // 3600:.0f}h{seconds % 3600 // 60:02.0f}m"
             if bad_steps:
-                log.write(step, "skipped", bad_steps)
-            if spike:
-                log.write(step, "spike", loss)
-        if not bad_steps:
-            recent.append(loss)
-        elif bad_steps == config.max_bad_steps:
-            print0(f"{name} | the losses before: {' '.join(f'{x:.4f}' for x in [*recent][-10:])}")
-            print0(f"{name} | what it was reading:")
-            print0(windows["train"].describe(windows_of_step(windows["train"], config, step)))
-            raise SystemExit(
-                f"step {step}: {bad_steps} updates in a row were not finite: go on from the last "
-                f"checkpoint with --resume {folder} --resume_anyway and a lower --lr"
-            )
+                line += f" | not finite: update skipped, {bad_steps} in a row"
+            if writer.failure:
+                line += f" | checkpoint not written: {writer.failure}"
+            if step % config.log_interval == 0 or bad_steps:
+                print(line, flush=True)
+        if bad_steps and bad_steps == config.max_bad_steps:
+            message = f"step {step}: {bad_steps} steps in a row were not finite"
+            raise SystemExit(f"{message}: --resume auto --resume_anyway with a lower --lr")
 
-    if stopped:
-        if rank == 0:
-            writer.save(step, raw_model, optimizer, scaler, muon)
-            writer.wait()
-            saved = f"not saved: {writer.failure}" if writer.failure else "saved"
-            print0(f"{name} | stopped, {saved} | the same command with --resume auto goes on")
-        stopping()  # all wait here: torchrun would end the first rank when another one has left
-        raise SystemExit(128 + (stop.signum or signal.SIGTERM))
-    minutes = (time.perf_counter() - start) / 60
-    if rank == 0:
+    if master_process:
         writer.wait()
-        export(raw_model, folder / "hf", encoding, f"--resume {folder}")
         if writer.failure:
-            print0(f"the last checkpoint is not written: {writer.failure}")
-    print0(f"done in {minutes:.1f} minutes: {folder}/hf loads in transformers and by --init_from")
-    if device.type == "cuda":
-        print0(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB a GPU")
-    if config.preset == "demo" and rank == 0:
-        demo.report(folder, texts)
-    if world_size > 1:
+            print(f"the last checkpoint was not written: {writer.failure}")
+        if stopping:
+            print(f"stopped at step {step}: the same command with --resume auto continues")
+        else:
+            export(raw_model, log_dir / "hf")
+            draw_curve(log_dir, config)
+            print(f"finished in {(time.time() - start) / 60:.1f} minutes; see {log_dir}/curve.png")
+            if device_type == "cuda":
+                print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB per GPU")
+            print(f'python train_gpt2.py --prompt "{config.sample_prompt}" --init_from {log_dir}')
+        lock.release()
+    if ddp:
+        dist.barrier()  # torchrun ends the other ranks when one of them exits
+        dist.destroy_process_group()
+    if stopping:
+        raise SystemExit(128 + (stop_signal.signum or signal.SIGTERM))
+
+
+# ---- 9. sampling, evaluation only, export --------------------------------------------------------
+
+
+def load_model(source: str, checkpoint: dict | None = None, dropout: float = 0.0) -> GPT:
+    """The model of a checkpoint, of a step_NNNNNN.pt, of a run's folder, or of a source that
+    GPT.from_pretrained loads; on the CPU."""
+    path = Path(source)
+    if not checkpoint and (path.is_dir() or path.suffix == ".pt"):
+        checkpoint = load_checkpoint(path)
+    if not checkpoint:
+        return GPT.from_pretrained(str(path / "hf") if (path / "hf").is_dir() else source, dropout)
+    model = GPT(replace(GPTConfig(**checkpoint["gpt"]), dropout=dropout))
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+def with_network_of(model: GPT, config: Config) -> Config:
+    """The config with the network of a model. T may be smaller than its number of positions."""
+    T, n = config.gpt.block_size, model.config.block_size
+    if T > n:
+        raise SystemExit(f"--block_size {T} must be at most {n}, as in {config.init_from}")
+    gpt = replace(model.config, block_size=T, dropout=config.gpt.dropout)
+    return replace(config, gpt=gpt)
+
+
+def print_samples(config: Config):
+    """Print continuations of each prompt."""
+    model = load_model(config.init_from).to(get_device(config.device))
+    enc = get_encoding_for(model.config.vocab_size)
+    for prompt in config.prompt:
+        prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+        for text in sample_texts(model, enc, prompt, config):
+            print(f"> {text}", flush=True)
+
+
+def evaluate_only(config: Config):
+    """Print the evaluations of the training loop, once, for the weights in init_from."""
+    ddp, ddp_rank, _, ddp_world_size, device = setup_ddp(config)
+    master_process = ddp_rank == 0
+    model = load_model(config.init_from).to(device)
+    T = min(config.gpt.block_size, model.config.block_size)
+    config = replace(config, gpt=replace(model.config, block_size=T))
+    enc = get_encoding_for(config.gpt.vocab_size)
+    with get_autocast(config.dtype, device):
+        if config.val_interval:
+            B = 8 if config.micro_batch_size == "auto" else config.micro_batch_size
+            loader = DataLoaderLite(config, "val", B, ddp_rank, ddp_world_size)
+            loss, accuracy, n = evaluate_loss(model, model, loader, config.val_tokens, device)
+            if master_process:
+                _, y = loader.sequences(range(n // T))
+                n_bytes = len(enc.decode_bytes(y[y != enc.eot_token].tolist()))
+                print(f"validation loss      {loss:.4f} nats per token, {n:,} tokens")
+                print(f"perplexity           {math.exp(loss):.2f}")
+                print(f"next-token accuracy  {accuracy:.4f}")
+                # unlike the loss per token, it does not depend on the vocabulary
+                print(f"bits per byte        {loss * n / math.log(2) / n_bytes:.4f}")
+        for way in ("lecture", "harness") if config.hellaswag_interval else ():
+            examples = hellaswag.iterate_examples(config.hellaswag_file)
+            examples = hellaswag.prepare(examples, enc, T, way)
+            counts = hellaswag.evaluate(model, examples, ddp_rank, ddp_world_size)
+            counts = hellaswag.Counts(*map(int, sum_over_ranks(*counts, device=device)))
+            if master_process:
+                print(f"HellaSwag, {way:9} {counts}")
+    if ddp:
         dist.destroy_process_group()
 
 
-# ---- the command line ----------------------------------------------------------------------------
+def export(model: GPT, folder: Path):
+    """Write a folder that transformers loads: the weights and, for GPT-2's vocabulary, the
+    tokenizer. The folder is complete or absent."""
+    from tiktoken.load import read_file_cached
+
+    tmp = folder.with_name(folder.name + ".tmp")
+    try:
+        model.save_pretrained(tmp)
+        if model.config.vocab_size == 50257:
+            url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+            for name, source in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+                (tmp / name).write_bytes(read_file_cached(f"{url}/{source}"))
+            tokenizer = {"tokenizer_class": "GPT2Tokenizer"}
+            (tmp / "tokenizer_config.json").write_text(json.dumps(tokenizer) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise SystemExit(f"cannot export to {folder}: {error!s:.200}") from None
 
 
-def parse_arguments(arguments: list[str]) -> tuple[Config, Task]:
-    """`[PRESET] [--field value]...` to what main takes; without a preset, gpt2."""
-    name, flags = "gpt2", arguments
-    if arguments and not arguments[0].startswith("-"):
-        name, *flags = arguments
-    if name not in PRESETS:
-        raise SystemExit(f"no preset {name!r}: choose one of {', '.join(PRESETS)}")
-    for flag, value in zip(["", *flags], flags, strict=False):
-        if not value or re.fullmatch(r"--\w+=", value):  # as "$RUN" is where RUN is not set
-            raise SystemExit(f"{flag or value} is empty: give it a value, or leave it out")
-    preset, training = replace(PRESETS[name], preset=name), Task()
+# ---- 10. command line ----------------------------------------------------------------------------
 
-    def command(config: Config = preset, task: Task = training):
-        return config, task
 
-    description = f"Train GPT-2. Presets, to give as the first word: {', '.join(PRESETS)}."
-    return tyro.cli(command, args=flags, description=description, prog=f"train_gpt2.py {name}",
-                    use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))  # fmt: skip
+def parse_args(args: list[str]) -> Config:
+    """`[PRESET] [--field value]...`; without a preset, gpt2."""
+    import tyro
+
+    preset, *flags = args if args and not args[0].startswith("-") else ["gpt2", *args]
+    if preset not in PRESETS:
+        raise SystemExit(f"no preset {preset}: choose from {', '.join(PRESETS)}")
+    return tyro.cli(
+        Config,
+        prog=f"train_gpt2.py {preset}",
+        description=f"Train GPT-2. Presets: {', '.join(PRESETS)}.",
+        args=flags,
+        default=replace(PRESETS[preset], name=preset),
+        use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction),
+    )
+
+
+def main(config: Config):
+    """Train, or do what prompt, eval_only or export ask for."""
+    tasks = [name for name in ("prompt", "eval_only", "export") if getattr(config, name)]
+    if not tasks:
+        # clouds and job schedulers send SIGTERM before they take a machine away
+        return train(config, StopSignal(signal.SIGINT, signal.SIGTERM))
+    if len(tasks) > 1:
+        raise SystemExit(f"give only one of {', '.join('--' + name for name in tasks)}")
+    check_config(config)
+    config = replace(config, init_from=config.init_from or "gpt2")
+    if config.prompt:
+        print_samples(config)
+    elif config.eval_only:
+        evaluate_only(config)
+    elif Path(config.export).exists():
+        raise SystemExit(f"{config.export} exists: give --export a new folder")
+    else:
+        export(load_model(config.init_from), Path(config.export))
+        print(f"{config.export} is written: transformers can load it")
 
 
 if __name__ == "__main__":
-    if sys.stdout:  # None, if it was closed; samples may have characters that it cannot print
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        # Ctrl-C; and what clouds and schedulers send before they take a machine away
-        main(*parse_arguments(sys.argv[1:]), (signal.SIGINT, signal.SIGTERM))
-    except KeyboardInterrupt:  # before the first step
+        main(parse_args(sys.argv[1:]))
+    except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
-        sys.exit("out of GPU memory: halve --micro_batch_size, which leaves the losses the same")
+        sys.exit("out of GPU memory: halve --micro_batch_size, which does not change the losses")
+    except SystemExit as error:
+        if isinstance(error.code, str) and int(os.environ.get("RANK", 0)) > 0:
+            sys.exit(1)  # rank 0 prints the same message
+        raise

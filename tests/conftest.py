@@ -1,5 +1,10 @@
 """What all tests share."""
 
-import torch
+import os
 
-torch.set_num_threads(1)  # in models as small as the tests', threads only wait for each other
+# in models as small as the tests', threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)

@@ -1,4 +1,5 @@
-"""hellaswag.py against transformers, formulas, and itself cut up differently. No network."""
+"""hellaswag.py compared with transformers, with the harness's formulas and with values computed by
+hand. No network: downloads come from a server on this machine."""
 
 import hashlib
 import http.server
@@ -6,446 +7,357 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from plain import first_least, plain_scores, twins
+from transformers import GPT2LMHeadModel
 
 import hellaswag
 from fineweb import get_encoding
-from hellaswag import Counts, Question, evaluate, prepare, render, render_harness, score
-from train_gpt2 import GPT, Config
+from hellaswag import Counts, evaluate, get_sum_loss, iterate_examples, prepare, render_example
+from train_gpt2 import GPT, GPTConfig
 
 ROOT = Path(hellaswag.__file__).parent
-SHARED = ROOT.parent / "shared" / "data"
-BYTES = get_encoding("bytes")  # one token a byte: needs no vocabulary
+VALIDATION_SET = ROOT.parent / "shared" / "data" / "hellaswag_val.jsonl"
+BYTES = get_encoding("bytes")  # one token per byte
 EXAMPLE = {"ctx": "The cat sat", "endings": ["on a mat.", "up.", "in ink", "é!"], "label": 2}
+WAYS = ["lecture", "harness"]
 
 
-def gpt2s():
-    """GPT-2's encoding, where it is to be had."""
+@pytest.fixture(scope="module")
+def gpt2():
     try:
         return get_encoding("gpt2")
     except SystemExit as error:
         pytest.skip(str(error))
 
 
+def new_models(folder, **sizes):
+    """A small model and the same weights in transformers, large enough for non-uniform losses."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 96, "vocab_size": 257} | sizes
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**sizes, dropout=0.3))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            mean = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
+            p.normal_(mean, std=0.2)
+    model.save_pretrained(folder)
+    return model.eval(), GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """The same weights in this project's model and in transformers'."""
-    return twins(tmp_path_factory.mktemp("hf"))
+def models(tmp_path_factory):
+    return new_models(tmp_path_factory.mktemp("hf"))
 
 
-def some_examples(count):
-    """Contexts and endings of many lengths; the shortest ending is one token, its space."""
+def random_examples(count):
+    """Contexts and endings of many lengths. Some letters have more than one byte."""
     rng = random.Random(0)
-    words = ["red", "blue", "green", "grey", "black", "a", "p(i)nk", "naïve", "Ω"]
+    words = ["red", "blue", "[b] green", "grey", "a", "p(i)nk", "naïve", "Ω", "  two"]
     examples = []
     while len(examples) < count:
-        ctx, *endings = (" ".join(rng.choices(words, k=rng.randint(0, 8))) for _ in range(5))
-        if ctx and len(set(endings)) == 4:  # of two that are the same, either may be the least
-            examples.append({"ctx": ctx, "endings": endings, "label": rng.randrange(4)})
+        ctx, *endings = (" ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in range(5))
+        if len(set(endings)) == 4:
+            example = {"ctx": ctx, "endings": endings, "label": rng.randrange(4)}
+            examples.append(example | rng.choice([{}, {"activity_label": "Art"}]))
     return examples
 
 
-def some_questions(count):
-    """The same of random tokens, with one to 40 in an ending."""
-    rng = random.Random(0)
-
-    def draw(n):
-        return rng.choices(range(257), k=n)
-
-    return [
-        Question(draw(rng.choice([1, 2, 15, 56])), endings, [*map(len, endings)], i % 4)
-        for i in range(count)
-        for endings in [[draw(rng.choice([1, 2, 7, 40])) for _ in range(4)]]
-    ]
+# ---- an independent evaluation -------------------------------------------------------------------
 
 
-def plain_counts(other, examples, sizes_of=lambda endings: [len(e.encode()) + 1 for e in endings]):
-    """Examples of bytes one at a time; by default an ending's size is that of it and its space."""
-    right = right_norm = 0
+def preprocess(text):
+    """lm_eval/tasks/hellaswag/utils.py removes brackets this way."""
+    text = text.strip().replace(" [title]", ". ")
+    while match := re.search(r"\[[^\n\]]*\]", text):  # brackets that close on the same line
+        text = text[: match.start()] + text[match.end() :]
+    return text.replace("  ", " ")
+
+
+def expected_parts(example, encode, way):
+    """Context tokens and, for each ending, its tokens and its length."""
+    if way == "lecture":
+        endings = [encode(" " + ending) for ending in example["endings"]]
+        return encode(example["ctx"]), endings, [len(ending) for ending in endings]
+    context = example["ctx"]
+    if "ctx_b" in example:
+        context = example["ctx_a"] + " " + example["ctx_b"].capitalize()
+    context = preprocess(example.get("activity_label", "") + ": " + context)
+    choices = [preprocess(ending) for ending in example["endings"]]
+    # lm_eval.api.model.TemplateLM._encode_pair moves spaces to the continuation
+    spaces = re.search(r"\s*$", context).group()
+    context = context.removesuffix(spaces)
+    n = len(encode(context))
+    endings = [encode(context + spaces + " " + choice)[n:] for choice in choices]
+    return encode(context), endings, [len(choice) for choice in choices]
+
+
+@torch.no_grad()
+def expected_losses(other, context, endings):
+    """The summed loss of each ending, computed by transformers with one ending per call."""
+    losses = []
+    for ending in endings:
+        log_probs = other(torch.tensor([context + ending])).logits[0].log_softmax(dim=-1)
+        losses.append(-sum(log_probs[len(context) - 1 + i, t].item() for i, t in enumerate(ending)))
+    return losses
+
+
+def expected_counts(other, examples, encode, way):
+    """The same as evaluate(), one example at a time."""
+    num_correct = num_correct_norm = 0
     for example in examples:
-        context, endings = example["ctx"].encode(), example["endings"]
-        sums, _ = plain_scores(other, [*context], [[*f" {e}".encode()] for e in endings])
-        right += first_least(sums) == example["label"]
-        pairs = zip(sums, sizes_of(endings), strict=True)
-        means = [loss / size if size else math.inf for loss, size in pairs]
-        right_norm += first_least(means) == example["label"]
-    return len(examples), right, right_norm
+        context, endings, sizes = expected_parts(example, encode, way)
+        losses = expected_losses(other, context, endings)
+        num_correct += int(np.argmin(losses) == example["label"])
+        num_correct_norm += int(np.argmin(np.divide(losses, sizes)) == example["label"])
+    return num_correct, num_correct_norm, len(examples)
 
 
-# ---- from text to tokens -------------------------------------------------------------------------
+# ---- rendering -----------------------------------------------------------------------------------
 
 
-def test_the_lectures_way_by_hand():
-    context, endings, sizes, label = render(EXAMPLE | {"activity_label": "x", "ctx_a": "y"}, BYTES)
-    assert bytes(context) == b"The cat sat" and label == 2
-    assert [bytes(e).decode() for e in endings] == [" on a mat.", " up.", " in ink", " é!"]
-    assert sizes == [10, 4, 7, 4]  # tokens: é takes two
+def test_the_lectures_rendering_by_hand():
+    tokens, mask, sizes, label = render_example(EXAMPLE | {"activity_label": "x"}, BYTES)
+    texts = ["The cat sat on a mat.", "The cat sat up.", "The cat sat in ink", "The cat sat é!"]
+    assert [bytes(row).rstrip(b"\0").decode() for row in tokens.tolist()] == texts
+    assert tokens.shape == mask.shape == (4, 21) and tokens.dtype == mask.dtype == torch.int64
+    assert sizes.tolist() == [10, 4, 7, 4] and label == 2  # é has two bytes
+    for row, size in zip(mask.tolist(), [10, 4, 7, 4], strict=True):
+        assert row == [0] * 11 + [1] * size + [0] * (10 - size)
 
 
-def test_text_that_spells_out_end_of_text_is_text():
-    gpt2 = gpt2s()
-    example = EXAMPLE | {"ctx": "<|endoftext|> is", "activity_label": "<|endoftext|>"}
-    example["endings"] = ["<|endoftext|>", "text", "a mat", "up."]
-    for way in (render, render_harness):
-        context, endings, *_ = way(example, gpt2)
-        assert gpt2.decode(context).endswith("<|endoftext|> is")
-        assert [gpt2.decode(e) for e in endings] == [" " + e for e in example["endings"]]
-        assert gpt2.eot_token not in {*context, *sum(endings, [])}
-    assert render(example, gpt2).sizes[1:] == [1, 2, 2]  # " text", " a mat", " up."
+def test_the_harnesss_rendering_by_hand():
+    contexts = {  # by lm_eval/tasks/hellaswag/utils.py
+        ("Roofing", "A man is on a roof.", "he"): "Roofing: A man is on a roof. He",
+        ("Roofing", "A man is on a roof.", ""): "Roofing: A man is on a roof.",
+        ("TV", "She waits.", "the CD of Bob"): "TV: She waits. The cd of bob",
+        ("Food", "[header] How to eat [title] Sit.", ""): "Food: How to eat. Sit.",
+        ("Food", "Eat [title] Sit   down.", "[step] now"): "Food: Eat. Sit  down. now",
+        ("Food", "[step] Chew [substeps] a [b] c", ""): "Food: Chew a c",
+    }
+    for (activity_label, ctx_a, ctx_b), expected in contexts.items():
+        fields = {"activity_label": activity_label, "ctx_a": ctx_a, "ctx_b": ctx_b, "ctx": "unused"}
+        tokens, mask, _, _ = render_example(EXAMPLE | fields, BYTES, "harness")
+        assert bytes(tokens[0][: mask[0].argmax()].tolist()).decode() == expected
+    endings = {  # the scored text, and the number of its characters without the first space
+        "eats.": (" eats.", 5),
+        " eats twice. ": (" eats twice.", 11),
+        "[step] Chew [title] Sit": ("  Chew. Sit", 10),
+        "a   b    c": (" a  b  c", 7),
+        "naïve [x] café": (" naïve café", 10),
+        "[title]": (" ", 0),
+    }
+    for ending, (expected, size) in endings.items():
+        example = EXAMPLE | {"endings": [ending, "b", "c", "d"]}
+        tokens, mask, sizes, _ = render_example(example, BYTES, "harness")
+        assert bytes(tokens[0][mask[0] == 1].tolist()).decode() == expected
+        assert sizes.tolist() == [size, 1, 1, 1]
 
 
-# activity_label, ctx_a, ctx_b -> the context, worked out by hand from the harness's hellaswag/
-# utils.py: "label: a B", stripped; " [title]" is a full stop; brackets go; "  " to " ", once
-CONTEXTS = [
-    (("Roofing", "A man is on a roof.", "he"), "Roofing: A man is on a roof. He"),
-    (("Roofing", "A man is on a roof.", ""), "Roofing: A man is on a roof."),
-    (("TV", "She waits.", "the CD of Bob"), "TV: She waits. The cd of bob"),
-    (("Food", "[header] How to eat [title] Sit.", ""), "Food: How to eat. Sit."),
-    (("Food", "How to eat [title] Sit   down.", "[step] now"), "Food: How to eat. Sit  down. now"),
-    (("Food", "[step] Chew [substeps] a [b] c", ""), "Food: Chew a c"),
-    ((" Food ", "Sit [now] ", " x"), "Food : Sit  x"),
-    (("A", "two\nlines [over\nthem]", "é"), "A: two\nlines [over\nthem] É"),
-]
-# an ending -> what is scored behind the context, with its space, and its characters without
-ENDINGS = [
-    ("eats.", " eats.", 5),
-    (" eats twice. ", " eats twice.", 11),
-    ("[step] Chew [title] Sit", "  Chew. Sit", 10),
-    ("a   b    c", " a  b  c", 7),
-    ("naïve [x] café", " naïve café", 10),
-    ("[title]", " ", 0),
-]
+@pytest.mark.parametrize("way", WAYS)
+def test_rendering_equals_the_formulas_with_gpt2s_tokens(gpt2, way):
+    examples = random_examples(200)
+    # Spaces at the end of a context, and text that spells a special token.
+    examples.append(EXAMPLE | {"ctx": "Sit [step]", "activity_label": "A"})
+    examples.append(EXAMPLE | {"ctx": "<|endoftext|> is", "endings": ["<|endoftext|>", *"abc"]})
+    examples.append(EXAMPLE | {"activity_label": "A", "ctx_a": "One [x] two. ", "ctx_b": "iS it"})
+    for example in examples:
+        tokens, mask, sizes, label = render_example(example, gpt2, way)
+        context, endings, lengths = expected_parts(example, gpt2.encode_ordinary, way)
+        assert sizes.tolist() == lengths and label == example["label"]
+        assert tokens.shape == (4, len(context) + max(map(len, endings)))
+        for row, row_mask, ending in zip(tokens, mask, endings, strict=True):
+            assert row[: len(context)].tolist() == context
+            assert row[row_mask == 1].tolist() == ending
+            assert row_mask.nonzero()[0].item() == len(context)
+            assert not row[len(context) + len(ending) :].any()
+    assert gpt2.eot_token not in tokens
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-@pytest.mark.parametrize("parts, expected", CONTEXTS)
-def test_the_harnesss_contexts_by_hand(parts, expected, name):
-    encoding = gpt2s() if name == "gpt2" else BYTES
-    example = dict(zip(("activity_label", "ctx_a", "ctx_b"), parts, strict=True))
-    # the harness does not look at ctx
-    question = render_harness(EXAMPLE | example | {"ctx": "other"}, encoding)
-    assert question.context == encoding.encode_ordinary(expected)
-    assert encoding.decode(question.endings[1]) == " up." and question.label == 2
+@pytest.mark.parametrize("way", WAYS)
+def test_prepare_sorts_by_length_and_keeps_every_example(way):
+    examples = random_examples(30)
+    rendered = prepare(iter(examples), BYTES, 128, way)
+    sizes = [e.tokens.size(1) for e in rendered]
+    assert sizes == sorted(sizes, reverse=True)
+    expected = [render_example(example, BYTES, way).tokens.tolist() for example in examples]
+    assert sorted(e.tokens.tolist() for e in rendered) == sorted(expected)
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_the_harnesss_endings_by_hand(name):
-    encoding = gpt2s() if name == "gpt2" else BYTES
-    for ending, expected, size in ENDINGS:
-        question = render_harness(EXAMPLE | {"endings": [ending, "b", "c", "d"]}, encoding)
-        assert encoding.decode(question.context) == ": The cat sat"  # no parts: ctx as it is
-        assert encoding.decode(question.endings[0]) == expected
-        assert question.sizes == [size, 1, 1, 1]
+def test_long_contexts_are_truncated_on_the_left():
+    example = EXAMPLE | {"ctx": "x" * 100 + EXAMPLE["ctx"]}
+    [(tokens, mask, sizes, label)] = prepare([example], BYTES, 16)  # the longest ending takes 10
+    texts = [bytes(row).rstrip(b"\0").decode() for row in tokens.tolist()]
+    assert texts == ["at sat on a mat.", "at sat up.", "at sat in ink", "at sat é!"]
+    assert mask.sum(dim=1).tolist() == sizes.tolist() == [10, 4, 7, 4] and label == 2
+    [(tokens, *_)] = prepare([example], BYTES, 11)
+    assert bytes(tokens[0].tolist()) == b"t on a mat."
+    for block_size in (10, 5):
+        with pytest.raises(SystemExit, match=f"block_size {block_size} leaves no context.*cat"):
+            prepare([EXAMPLE, example], BYTES, block_size)
 
 
-def test_spaces_at_a_contexts_end_are_scored_with_the_ending():
-    gpt2 = gpt2s()
-    example = EXAMPLE | {"activity_label": "A", "ctx_a": "Sit [step]", "ctx_b": ""}
-    example["endings"] = ["up", "[x] up", "a", "b"]
-    context, endings, *_ = render_harness(example, gpt2)
-    assert gpt2.decode(context) == "A: Sit"
-    assert endings[0] == gpt2.encode_ordinary(" ") + gpt2.encode_ordinary(" up")
-    assert [gpt2.decode(e) for e in endings] == ["  up", "   up", "  a", "  b"]
+# ---- evaluation ----------------------------------------------------------------------------------
 
 
-# ---- scores --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_equal_those_of_transformers(models, way):
+    model, other = models
+    for example in random_examples(40):
+        tokens, mask, _, _ = render_example(example, BYTES, way)
+        with torch.no_grad():
+            found = get_sum_loss(model, tokens, mask)
+        context, endings, _ = expected_parts(example, BYTES.encode_ordinary, way)
+        expected = expected_losses(other, context, endings)
+        assert found.dtype == torch.float64
+        assert found.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-4)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 40])
-def test_losses_are_those_of_one_ending_a_row(two, batch_size):
-    model, other = two
-    questions = some_questions(40)
-    for start in range(0, 40, batch_size):
-        batch = questions[start : start + batch_size]
-        sums, hits = score(model, batch)
-        for question, losses, all_hits in zip(batch, sums, hits, strict=True):
-            expected, expected_hits = plain_scores(other, *question[:2])
-            assert losses == pytest.approx(expected, rel=1e-5, abs=1e-4)
-            assert all_hits == expected_hits
+@pytest.mark.parametrize("way", WAYS)
+def test_choices_equal_those_of_transformers_for_every_batch_size(models, way):
+    model, other = models
+    examples = random_examples(61)
+    expected = expected_counts(other, examples, BYTES.encode_ordinary, way)
+    rendered = prepare(examples, BYTES, 96, way)
+    for batch_size in (1, 4, 16, 100):
+        assert evaluate(model, rendered, batch_size=batch_size) == expected
+    assert 0 < expected[0] < 61 and 0 < expected[1] < 61 and expected[0] != expected[1]
 
 
-def test_endings_whose_every_token_is_the_likeliest_are_known(two):
-    model, other = two
-    idx = torch.tensor([[1, 2, 3]])
-    greedy = other.generate(idx, max_new_tokens=9, do_sample=False, pad_token_id=0)[0, 3:].tolist()
-    almost = [*greedy[:8], 1 + greedy[8]]
-    question = Question([1, 2, 3], [greedy, almost, greedy[:1], [5, *greedy[1:]]], [1] * 4, 0)
-    assert score(model, [question])[1] == [[True, False, True, False]]
+@pytest.mark.parametrize("way", WAYS)
+def test_choices_on_real_examples(tmp_path, gpt2, way):
+    if not VALIDATION_SET.exists():
+        pytest.skip(f"{VALIDATION_SET} does not exist")
+    examples = list(iterate_examples(VALIDATION_SET))
+    assert len(examples) == 10_042
+    examples = examples[::250]
+    model, other = new_models(tmp_path, n_layer=1, block_size=256, vocab_size=50257)
+    expected = expected_counts(other, examples, gpt2.encode_ordinary, way)
+    assert evaluate(model, prepare(examples, gpt2, 256, way)) == expected
+    assert 2 < expected[0] < 25 and 2 < expected[1] < 25  # random weights guess
 
 
-def test_an_ending_does_not_know_of_the_others(two):
-    model, _ = two
-    for question in some_questions(12):
-        before, _ = score(model, [question])
-        for k in range(4):
-            endings = list(question.endings)
-            endings[k] = [7] * 9 + endings[k][:20]
-            after, _ = score(model, [question._replace(endings=endings)])
-            for i in range(4):
-                same = after[0][i] == pytest.approx(before[0][i], rel=1e-5)
-                assert same == (i != k)
-        same = [question.endings[0]] * 4
-        losses = score(model, [question._replace(endings=same)])[0][0]
-        assert losses == pytest.approx([before[0][0]] * 4, rel=1e-5)  # wherever they stand
+def test_padding_and_other_rows_do_not_change_losses(models):
+    model, (tokens, mask, _, _) = models[0], render_example(EXAMPLE, BYTES)
+    with torch.no_grad():
+        expected = get_sum_loss(model, tokens, mask)
+        padding = torch.full((4, 40), 77)
+        tokens, mask = torch.cat([tokens, padding], 1), torch.cat([mask, 0 * padding], 1)
+        tokens[1, 15:] = 200  # after the end of " up."
+        torch.testing.assert_close(get_sum_loss(model, tokens, mask), expected)
+        for i in range(4):
+            alone = get_sum_loss(model, tokens[i : i + 1], mask[i : i + 1])
+            torch.testing.assert_close(alone, expected[i : i + 1])
 
 
-def test_what_pads_a_row_does_not_matter(two, monkeypatch):
-    model, _ = two
-    questions, lay_out = some_questions(9), hellaswag.lay_out
-    expected = score(model, questions)
-
-    def filled(questions):
-        batch = lay_out(questions)
-        for row, (context, endings, *_) in enumerate(questions):
-            n = len(context) + sum(len(e) - 1 for e in endings)
-            assert batch.tokens.size(1) >= n
-            batch.tokens[row, n:] = 77
-            batch.pos[row, n:] = 5
-        return batch
-
-    monkeypatch.setattr(hellaswag, "lay_out", filled)
-    assert score(model, questions) == expected
+def test_the_head_runs_at_scored_positions_only(models):
+    model, shapes = models[0], []
+    hook = model.lm_head.register_forward_hook(lambda _, x, y: shapes.append(x[0].shape))
+    evaluate(model, prepare([EXAMPLE] * 3, BYTES, 96))
+    hook.remove()
+    assert shapes == [(3 * (10 + 4 + 7 + 4), 32)]
 
 
-def test_the_context_is_computed_once_and_the_head_for_endings_alone(two):
-    model, _ = two
-    question = Question([1] * 50, [[2] * 5] * 4, [5] * 4, 0)
-    shapes = []
-    hooks = [
-        model.transformer.wte.register_forward_hook(lambda _, x, y: shapes.append(y.shape)),
-        model.lm_head.register_forward_hook(lambda _, x, y: shapes.append(y.shape[:-1])),
-    ]
-    score(model, [question] * 3)
-    for hook in hooks:
-        hook.remove()
-    assert shapes[0][0] == 3 and 66 <= shapes[0][1] <= 50 + 4 * 5 + 15
-    assert shapes[1:] == [(3 * 20,)]
-
-
-def test_choices_are_those_of_one_example_at_a_time(two):
-    model, other = two
-    examples = some_examples(61)
-    expected = plain_counts(other, examples)
-    for batch_size in (0, 1, 4, 61):
-        counts = evaluate(model, prepare(examples, BYTES, 96), batch_size=batch_size)
-        assert counts == expected
-    assert 0 < expected[1] < 61 and 0 < expected[2] < 61 and expected[1] != expected[2]
-
-
-def test_the_harness_divides_by_characters(two):
-    model, other = two
-    rng = random.Random(0)
-    examples = []
-    for _ in range(60):  # Ω has two bytes
-        endings = ["".join(rng.choices("abΩ", k=rng.randint(5 + k, 14))) for k in range(4)]
-        rng.shuffle(endings)
-        examples.append({"ctx": ": a", "label": rng.randrange(4), "endings": endings})
-    questions = prepare([e | {"ctx": "a"} for e in examples], BYTES, 96, render_harness)
-    expected = plain_counts(other, examples, lambda endings: [*map(len, endings)])
-    assert evaluate(model, questions) == expected
-    for size in (lambda e: len(e.encode()), lambda e: len(e.encode()) + 1):  # bytes, tokens
-        assert expected != plain_counts(other, examples, lambda es, size=size: [*map(size, es)])
-
-
-def uniform():
-    """A model that prefers nothing: every token costs ln 257 anywhere."""
-    model = GPT(Config(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=257))
+def test_a_uniform_model_by_formulas():
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=257))
     for p in model.parameters():
-        p.data.zero_()
-    return model
-
-
-def test_a_model_that_prefers_nothing_by_formulas():
-    model = uniform()
-    sums, _ = score(model, [render(EXAMPLE, BYTES)])
-    assert sums[0] == pytest.approx([n * math.log(257) for n in (10, 4, 7, 4)])
-    endings = {"sum": ["long one", "short", "longer yet", "shirt"], "mean": ["é", "abc", "é", "d"]}
+        p.data.zero_()  # every token costs ln 257
+    tokens, mask, _, _ = render_example(EXAMPLE, BYTES)
+    with torch.no_grad():
+        losses = get_sum_loss(model, tokens, mask)
+    assert losses.tolist() == pytest.approx([n * math.log(257) for n in (10, 4, 7, 4)])
     for label in range(4):
-        # the shortest has the least sum; at equal means, as at equal sums, the first is taken
-        example = {"ctx": "a", "label": label, "endings": endings["sum"]}
-        counts = evaluate(model, prepare([example], BYTES, 64))
-        assert counts == (1, label == 1, label == 0)
-        # é has two tokens in one character, and each ending its space: (4/3, 2/1, 3/1) ln 257
-        example["endings"] = endings["mean"]
-        counts = evaluate(model, prepare([example], BYTES, 64, render_harness))
-        assert counts == (1, label == 3, label == 1)
-        # nothing is left of an ending: its one token, the space, is the least, by no characters
+        # The two shortest endings have the lowest sum, and all averages are equal: the first wins.
+        example = {"ctx": "a", "endings": ["long one", "short", "longer", "shirt"], "label": label}
+        assert evaluate(model, prepare([example], BYTES, 64)) == (label == 1, label == 0, 1)
+        # Tokens per character: é has two bytes, and every ending a space: 3/1, 4/3, 3/1, 2/1.
+        example["endings"] = ["é", "abc", "é", "d"]
+        counts = evaluate(model, prepare([example], BYTES, 64, "harness"))
+        assert counts == (label == 3, label == 1, 1)
+        # The clean-up leaves only the space of the first ending: lowest sum, infinite average.
         example["endings"] = ["[a]", "b c", "d", "e"]
-        counts = evaluate(model, prepare([example], BYTES, 64, render_harness))
-        assert counts == (1, label == 0, label == 1)
-
-
-@pytest.mark.parametrize("n, right", [(10, 3), (10_042, 2871), (7, 7), (5, 0)])
-def test_standard_errors_are_those_of_a_sample(n, right):
-    values = [1] * right + [0] * (n - right)
-    expected = np.std(values, ddof=1) / math.sqrt(n)
-    assert hellaswag.with_error(right / n, n) == f"{right / n:.4f} (se {expected:.4f})"
-
-
-def test_counts_print_scores_with_errors():
-    assert Counts(4, 1, 3).acc == 0.25 and Counts(4, 1, 3).acc_norm == 0.75
-    text = str(Counts(10, 3, 5))  # sqrt(0.3 · 0.7 / 9), sqrt(0.5 · 0.5 / 9)
-    assert text == "acc 0.3000 (se 0.1528) acc_norm 0.5000 (se 0.1667) on 10 examples"
-    assert str(Counts(1, 1, 0)).startswith("acc 1.0000 (se 0.0000)")
+        counts = evaluate(model, prepare([example], BYTES, 64, "harness"))
+        assert counts == (label == 0, label == 1, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 30])
-def test_ranks_share_the_examples_out(two, world_size):
-    model, _ = two
-    questions = prepare(some_examples(20), BYTES, 96)
-    whole = evaluate(model, questions)
-    shares = [
-        evaluate(model, questions, batch_size=3, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    assert tuple(map(sum, zip(*shares, strict=True))) == whole
-    assert max(s.num_total for s in shares) - min(s.num_total for s in shares) <= 1
+def test_the_shares_of_all_ranks_add_up(models, world_size):
+    model, rendered = models[0], prepare(random_examples(20), BYTES, 96)
+    shares = [evaluate(model, rendered, rank, world_size, 3) for rank in range(world_size)]
+    totals = [share.num_total for share in shares]
+    assert Counts(*map(sum, zip(*shares, strict=True))) == evaluate(model, rendered)
+    assert sum(totals) == 20 and max(totals) - min(totals) <= 1
+    assert all(type(value) is int for share in shares for value in share)
 
 
-def test_the_mode_is_left_as_found_and_autocast_is_entered_anew(two):
-    model, entered = two[0], []
-    questions = prepare(some_examples(5), BYTES, 96)
-
-    class Recorder(nullcontext):
-        def __enter__(self):
-            entered.append(model.training)
-
-    expected = evaluate(model, questions)
-    for mode in (True, False):
-        model.train(mode)
-        assert evaluate(model, questions, batch_size=2, autocast=Recorder()) == expected
-        assert model.training == mode
-    assert entered == [False] * 6
+def test_the_training_mode_is_restored(models):
+    model, rendered = models[0], prepare(random_examples(5), BYTES, 96)
+    expected = evaluate(model, rendered)
+    assert not model.training
+    model.train()
+    assert evaluate(model, rendered) == expected and model.training  # dropout was off
+    model.eval()
 
 
-def test_scores_come_with_their_questions(two):
-    model, other = two
-    questions = prepare(some_examples(7), BYTES, 96)
-    results = list(hellaswag.scores(model, questions, batch_size=3))
-    assert [question for question, *_ in results] == questions
-    for question, sums, _ in results:
-        assert sums == pytest.approx(plain_scores(other, *question[:2])[0], rel=1e-5)
+def test_losses_under_autocast_are_close(models):
+    model, (tokens, mask, _, _) = models[0], render_example(EXAMPLE, BYTES)
+    with torch.no_grad():
+        expected = get_sum_loss(model, tokens, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = get_sum_loss(model, tokens, mask)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.3)
 
 
-def test_autocast_moves_losses_a_little(two):
-    model, questions = two[0], some_questions(8)
-    plain = [sums for _, sums, _ in hellaswag.scores(model, questions)]
-    how = {"autocast": torch.autocast("cpu", torch.bfloat16)}
-    rounded = [sums for _, sums, _ in hellaswag.scores(model, questions, **how)]
-    assert rounded != plain
-    torch.testing.assert_close(torch.tensor(rounded), torch.tensor(plain), rtol=0.03, atol=0.3)
+def test_scores_are_printed_with_standard_errors():
+    text = str(Counts(2871, 2967, 10_042))
+    assert text == "acc 0.2859 (se 0.0045) acc_norm 0.2955 (se 0.0046) on 10,042 examples"
+    for n, k in [(10, 3), (500, 125), (7, 7), (5, 0)]:
+        values = [1] * k + [0] * (n - k)
+        score = f"{np.mean(values):.4f} (se {np.std(values, ddof=1) / math.sqrt(n):.4f})"
+        assert str(Counts(k, k, n)) == f"acc {score} acc_norm {score} on {n} examples"
+    assert str(Counts(1, 0, 1)).startswith("acc 1.0000 (se 0.0000)")
 
 
-def test_the_longest_come_first_and_none_is_lost():
-    examples = some_examples(30)
-    questions = prepare(examples, BYTES, 96)
-    sizes = [len(q.context) + sum(map(len, q.endings)) for q in questions]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sorted(questions) == sorted(render(e, BYTES) for e in examples)
+# ---- the file of examples ------------------------------------------------------------------------
+
+BAD_FIELDS = [{"label": label} for label in (4, -1, "1", True, 1.0, None)]
+BAD_FIELDS += [{"ctx": ctx} for ctx in ("", None, 7)]
+BAD_FIELDS += [{"endings": e} for e in (["a", "b", "c"], "abcd", ["a", "b", "c", 4], None, [])]
+BAD_FIELDS += [{"activity_label": 7}, {"ctx_a": None}, {"ctx_b": ["a"]}]
+BAD_LINES = [json.dumps(EXAMPLE | fields).encode() for fields in BAD_FIELDS]
+BAD_LINES += [b"{", b"[]", b"7", b"null", b'"ctx"', b"\xff", b"", b"[" * 10**5, b'{"ctx": "a"}']
 
 
-def test_long_contexts_lose_their_beginning():
-    example = EXAMPLE | {"ctx": "x" * 100 + EXAMPLE["ctx"]}
-    question = render(EXAMPLE, BYTES)
-    # the longest ending takes 10
-    assert prepare([example], BYTES, 16) == [question._replace(context=[*b"at sat"[-6:]])]
-    assert prepare([example], BYTES, 11)[0].context == [*b"t"]
-    with pytest.raises(SystemExit, match="block_size 10 has no room.*on a mat"):
-        prepare([EXAMPLE, example], BYTES, 10)
-    # they fill the positions to the last
-    model = GPT(Config(n_layer=1, n_head=1, n_embd=8, block_size=16, vocab_size=257))
-    seen = []
-    model.transformer.wpe.register_forward_pre_hook(lambda _, x: seen.append(x[0].max().item()))
-    assert evaluate(model, prepare([example], BYTES, 16)).num_total == 1
-    assert seen == [14]  # the last token is predicted, and predicts nothing
-
-
-class Folded:
-    """GPT-2's tokens, taken as numbers below 509: examples as long as GPT-2's, a small network."""
-
-    def __init__(self):
-        self.gpt2 = gpt2s()
-
-    def encode_ordinary(self, text):
-        return [token % 509 for token in self.gpt2.encode_ordinary(text)]
-
-
-def test_choices_on_the_whole_validation_set(tmp_path, monkeypatch):
-    """They are those of one example at a time, but where two endings are as good as equal."""
-    path = SHARED / "hellaswag_val.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    examples = hellaswag.load(path)
-    assert len(examples) == 10042
-    assert min(Counter(e["label"] for e in examples).values()) > 2400
-    encoding = Folded()
-    model, other = twins(tmp_path, n_layer=1, n_embd=16, block_size=128, vocab_size=509)
-    scores, found = hellaswag.scores, {}
-
-    def recorded(*args, **how):
-        for question, *results in scores(*args, **how):
-            found[str(question[:2])] = results[0]
-            yield question, *results
-
-    monkeypatch.setattr(hellaswag, "scores", recorded)
-    counts = evaluate(model, prepare(examples, encoding, 128))
-    expected, ties = [10042, 0, 0], [0, 0, 0]
-    for example in examples:
-        endings = [encoding.encode_ordinary(" " + e) for e in example["endings"]]
-        # a few are too long: what is left of the context fills the positions
-        context = encoding.encode_ordinary(example["ctx"])[max(map(len, endings)) - 128 :]
-        sums, (plain, _) = found[str((context, endings))], plain_scores(other, context, endings)
-        for k, sizes in ((1, [1] * 4), (2, [*map(len, endings)])):
-            means = [loss / size for loss, size in zip(plain, sizes, strict=True)]
-            expected[k] += first_least(means) == example["label"]
-            least, second, *_ = sorted(means)
-            ties[k] += second - least < 1e-5 * least
-            if second - least >= 1e-5 * least:
-                chosen = first_least([a / size for a, size in zip(sums, sizes, strict=True)])
-                assert chosen == first_least(means), example
-    print(f"of 10,042 examples, ties by sum and by mean: {ties[1:]}")
-    assert max(ties) < 20
-    assert all(abs(a - b) <= n for a, b, n in zip(counts, expected, ties, strict=True))
-    assert 2000 < counts.num_correct < 3100  # random weights guess
-
-
-# ---- the file ------------------------------------------------------------------------------------
-
-WRONG = [{"label": 4}, {"label": -1}, {"label": "1"}, {"label": True}, {"ctx": ""}, {"ctx": None}]
-WRONG += [{"endings": endings} for endings in (["a", "b", "c"], "abcd", ["a", "b", "c", 4], None)]
-WRONG += [{"activity_label": 7}, {"ctx_a": None}, {"ctx_b": ["a"]}]
-LINES = [b"{", b"[]", b"7", b"\xff", b"", json.dumps({"ctx": "a", "label": 0}).encode()]
-LINES += [b"[" * 10**5, b"null"]
-
-
-@pytest.mark.parametrize("line", LINES + [json.dumps(EXAMPLE | w).encode() for w in WRONG])
-def test_load_names_the_bad_line(tmp_path, line):
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_malformed_line_is_reported_with_its_number(tmp_path, line):
     good = json.dumps(EXAMPLE).encode()
     (tmp_path / "val.jsonl").write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
-    with pytest.raises(SystemExit, match=r"val\.jsonl, line 2: not an example"):
-        hellaswag.load(tmp_path / "val.jsonl")
+    examples = iterate_examples(tmp_path / "val.jsonl")
+    assert next(examples) == EXAMPLE
+    with pytest.raises(SystemExit, match=r"val\.jsonl, line 2: expected JSON with 'ctx'") as error:
+        next(examples)
+    assert "\n" not in str(error.value)
 
 
-def test_an_empty_file_is_named(tmp_path):
+def test_an_empty_file_and_a_folder_are_reported(tmp_path):
     (tmp_path / "val.jsonl").write_bytes(b"")
     with pytest.raises(SystemExit, match=r"val\.jsonl is empty"):
-        hellaswag.load(tmp_path / "val.jsonl")
+        list(iterate_examples(tmp_path / "val.jsonl"))
+    with pytest.raises(SystemExit, match="cannot read the examples.*directory"):
+        list(iterate_examples(tmp_path))
 
 
-def test_load_downloads_once_and_only_the_known_file(tmp_path, monkeypatch):
+def test_download(tmp_path, monkeypatch):
     body = (json.dumps(EXAMPLE) + "\n").encode() * 3
     served = {"/good": body, "/broken": body, "/page": b"<html>sign in first</html>"}
-    served |= {"/short": body[: len(body) // 3], "/other": body.replace(b"cat", b"dog")}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -455,8 +367,8 @@ def test_load_downloads_once_and_only_the_known_file(tmp_path, monkeypatch):
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            # a connection that breaks at a line's end: what came is valid, yet not all
-            self.wfile.write(data[: len(body) // 3] if self.path == "/broken" else data)
+            # This connection breaks at the end of a line: all lines that arrive are valid.
+            self.wfile.write(data[: len(data) // 3] if self.path == "/broken" else data)
 
         def log_message(self, *args):
             pass
@@ -467,77 +379,60 @@ def test_load_downloads_once_and_only_the_known_file(tmp_path, monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
-        for name in ("/broken", "/page", "/short", "/other", "/nothing"):
+        reasons = {"/broken": "IncompleteRead", "/page": "sha256", "/none": "404"}
+        for name, reason in reasons.items():
             monkeypatch.setattr(hellaswag, "URL", address + name)
-            with pytest.raises(SystemExit, match=address + name) as error:
-                hellaswag.load(path)
-            assert "\n" not in str(error.value) and "by hand" in str(error.value)
-            assert not path.parent.exists() or not list(path.parent.iterdir())
+            with pytest.raises(SystemExit, match=f"{reason}.*fetch {address}{name} by hand") as e:
+                list(iterate_examples(path))
+            assert "\n" not in str(e.value) and not path.parent.exists()
         monkeypatch.setattr(hellaswag, "URL", address + "/good")
-        assert hellaswag.load(path) == [EXAMPLE] * 3
+        assert list(iterate_examples(path)) == [EXAMPLE] * 3
         server.shutdown()
-    assert [file.name for file in path.parent.iterdir()] == ["val.jsonl"]
-    assert path.read_bytes() == body
-    assert hellaswag.load(path) == [EXAMPLE] * 3  # the server is gone
-    # a file that is there already was put there by somebody: any examples will do
+    assert list(path.parent.iterdir()) == [path] and path.read_bytes() == body
+    # The server is gone. A file that exists is used, whatever its checksum.
     path.write_text(json.dumps(EXAMPLE))
-    assert hellaswag.load(path) == [EXAMPLE]
+    assert list(iterate_examples(path)) == [EXAMPLE]
+    with pytest.raises(SystemExit, match="refused.*by hand"):
+        hellaswag.download(tmp_path / "other.jsonl")
 
 
-def test_load_without_network(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise hellaswag.urllib.error.URLError("no route to host")
-
-    monkeypatch.setattr(hellaswag.urllib.request, "urlopen", no_network)
-    with pytest.raises(SystemExit) as error:
-        hellaswag.load(tmp_path / "val.jsonl")
-    message = str(error.value)
-    assert hellaswag.URL in message and str(tmp_path / "val.jsonl") in message
-    assert "\n" not in message and not list(tmp_path.iterdir())
-
-
-def test_made_examples():
-    documents = [file.read_text() for file in (Path(json.__file__), Path(os.__file__))]
-    documents += ["too short", "é " * 500]
+def test_make_examples():
+    documents = [Path(module.__file__).read_text() for module in (json, os)]
+    documents += ["too short", "é\n " * 500]
     examples = hellaswag.make_examples(documents, 800, seed=3)
     assert examples == hellaswag.make_examples(documents, 800, seed=3)
-    assert examples != hellaswag.make_examples(documents, 800, seed=4)
+    assert examples != hellaswag.make_examples(documents, 800)
     for example in examples:
-        endings, true = example["endings"], example["endings"][example["label"]]
-        assert any(f"{example['ctx']} {true}" in document for document in documents)
-        assert len(set(endings)) == 4 and len(example["ctx"].encode()) == 112
+        ctx, endings = example["ctx"], example["endings"]
+        correct = ctx + " " + endings[example["label"]]
+        assert any(correct in document for document in documents)
+        assert len(set(endings)) == 4 and len(ctx.encode()) == 112 and ctx[-1] == "\n"
         assert all(len(ending.encode()) == 15 for ending in endings)
         assert all(any(f"\n {ending}" in document for document in documents) for ending in endings)
-    assert all(150 < count < 250 for count in Counter(e["label"] for e in examples).values())
-    lines = "\n".join(map(json.dumps, examples)).encode()
-    assert hellaswag.parse(lines, "made") == examples
-    for question in prepare(examples, BYTES, 128):  # nothing is cut
-        assert len(question.context) + len(question.endings[0]) == 128
-    with pytest.raises(SystemExit, match="fewer than four passages"):
-        hellaswag.make_examples(["too short", "é " * 500, ""], 5)
+    assert all(150 < n < 250 for n in Counter(e["label"] for e in examples).values())
+    for e in prepare(examples, BYTES, 128):
+        assert e.tokens.size(1) == 128 and e.sizes.tolist() == [16] * 4
+        assert e.mask[:, :112].sum() == 0  # nothing was truncated
+    with pytest.raises(SystemExit, match="3 held-out documents have fewer than 4 passages"):
+        hellaswag.make_examples(["too short", "é\n " * 500, ""], 5)
 
 
-# ---- as a program --------------------------------------------------------------------------------
+# ---- the command line ----------------------------------------------------------------------------
 
 
-def test_importing_does_nothing(tmp_path):
-    code = "import sys, hellaswag; assert not {'train_gpt2', 'fineweb'} & set(sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+def test_importing_has_no_side_effects(tmp_path):
+    code = "import sys, hellaswag; assert not {'train_gpt2', 'fineweb', 'tyro'} & {*sys.modules}"
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_command_line(tmp_path):
-    model, other = twins(tmp_path / "model" / "hf")  # as a run's folder has it
-    examples = some_examples(6)
-    lines = "".join(json.dumps(example) + "\n" for example in examples)
-    (tmp_path / "val.jsonl").write_text(lines)
+    _, other = new_models(tmp_path / "model")
+    examples = random_examples(6)
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, examples)))
 
     def run(*arguments):
         command = [sys.executable, str(ROOT / "hellaswag.py"), "--device", "cpu", *arguments]
@@ -545,12 +440,9 @@ def test_the_command_line(tmp_path):
 
     done = run("--model", "model", "--file", "val.jsonl", "--batch_size", "2", "--limit", "5")
     assert done.returncode == 0, done.stderr
-    lecture = Counts(*plain_counts(other, examples[:5]))
-    examples = [e | {"ctx": f": {e['ctx']}"} for e in examples[:5]]
-    harness = Counts(*plain_counts(other, examples, lambda endings: [*map(len, endings)]))
-    assert done.stdout == (
-        f"model, HellaSwag as the lecture has it: {lecture}\n"
-        f"model, HellaSwag as the harness has it: {harness}\n"
-    )
-    done = run("--model", "model", "--file", ".")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Is a directory" in done.stderr
+    for way, line in zip(WAYS, done.stdout.splitlines(), strict=True):
+        counts = expected_counts(other, examples[:5], BYTES.encode_ordinary, way)
+        assert line == f"HellaSwag ({way}) {Counts(*counts)}"
+    for arguments in (["--model", "model", "--file", "."], ["--limit", "-1"]):
+        done = run(*arguments)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
