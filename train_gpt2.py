@@ -537,7 +537,7 @@ def prepare_demo_data(config: Config):
     """Make the demo's data: Python's standard library as bytes, and questions about it."""
     path = Path(config.hellaswag_file)
     if not path.exists():
-        fineweb.main(dataset="stdlib", out=config.data_dir)
+        fineweb.main(fineweb.Config(dataset="stdlib", out=config.data_dir))
         # in HellaSwag's form, on held-out code: which of four lines comes next?
         shards = fineweb.open_shards(config.data_dir, "val", config.gpt.vocab_size)
         text = fineweb.get_encoding("bytes").decode(np.concatenate(shards).tolist())

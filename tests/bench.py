@@ -143,9 +143,10 @@ def timed(*args):
 
 if __name__ == "__main__":
     batches, tokenize_all, fineweb.tokenize_all = [], fineweb.tokenize_all, timed
-    fineweb.main(files=(sys.argv[1],), out=sys.argv[2], workers=int(sys.argv[3]))
+    files, out, workers = sys.argv[1:]
+    fineweb.main(fineweb.Config(files=(files,), out=out, workers=int(workers)))
     (n_first, start), = batches
-    n_tokens = fineweb.read_manifest(sys.argv[2])["tokens"] - n_first
+    n_tokens = fineweb.read_manifest(out)["tokens"] - n_first
     print(n_tokens / (time.perf_counter() - start))
 """
 

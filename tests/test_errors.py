@@ -206,12 +206,12 @@ def manifest(**changes) -> Callable:
         (lambda: os.truncate(TRAIN, 0), {}, [TRAIN]),
         (shard(np.zeros(600, np.int32)), {}, [TRAIN, "int32"]),
         (shard(np.zeros((30, 20), np.uint16)), {}, [TRAIN, "(30, 20)"]),
-        (shard(np.full(600, 300, np.uint16)), {}, [TRAIN, "300", "257"]),
+        (shard(np.full(600, 300, np.uint16)), {}, [TRAIN, "vocab_size 257"]),
         (lambda: None, {"block_size": 1024, "total_batch_size": 4096}, ["train split", "1024"]),
         (manifest(), {"vocab_size": 50257}, ["data", "257", "50257"]),
-        (manifest(tokens=599), {}, [TRAIN, "tokens"]),
+        (manifest(tokens=599), {}, [TRAIN, "shape (600,)"]),
         (manifest(file="x_train_000002.npy"), {}, ["x_train_000002.npy"]),
-        (lambda: Path("data/manifest.json").write_text("{"), {}, ["data/manifest.json"]),
+        (lambda: Path("data/manifest.json").write_text("{"), {}, ["data: manifest.json is damaged"]),
     ],
 )
 def test_data_that_cannot_be_used_is_named(harm, changes, messages):
