@@ -244,7 +244,7 @@ def main(
     examples = list(iterate_examples(file))[: limit or None]
     gpt = train_gpt2.load_model(model).to(device)
     enc = train_gpt2.get_encoding_for(gpt.config.vocab_size)
-    autocast = train_gpt2.get_autocast(dtype, device)
+    _, autocast = train_gpt2.get_autocast(dtype, device)
     for way in ("lecture", "harness"):
         rendered = prepare(examples, enc, gpt.config.block_size, way)
         with autocast:

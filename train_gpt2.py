@@ -24,17 +24,17 @@ import signal
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tiktoken.load
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -43,9 +43,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import fineweb
 import hellaswag
 
+
 # ---- 1. hyperparameters ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class GPTConfig:
     """The network. The defaults are GPT-2 124M."""
@@ -111,31 +110,20 @@ class Config:
 
 
 # a run cannot be resumed with other values of these: the checkpoint would not fit
-FIXED = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "optimizer")
+FIXED = "block_size vocab_size n_layer n_head n_embd optimizer".split()
 # a run that is resumed with other values of these is another experiment; data: the shards
-EXPERIMENT = ("data", "total_batch_size", "max_steps", "lr", "min_lr", "warmup_steps", "cooldown")
-EXPERIMENT += ("muon_lr", "weight_decay", "beta1", "beta2", "grad_clip", "dropout", "shuffle")
-EXPERIMENT += ("seed",)
+EXPERIMENT = "data total_batch_size max_steps lr min_lr warmup_steps cooldown muon_lr".split()
+EXPERIMENT += "weight_decay beta1 beta2 grad_clip dropout shuffle seed".split()
 
 # bytes as tokens; too small for torch.compile to save time on a CPU
-DEMO = Config(
-    gpt=GPTConfig(block_size=192, vocab_size=257, n_layer=3, n_head=4, n_embd=128),
-    data_dir="demo_data",
-    total_batch_size=12 * 192,
-    micro_batch_size=12,
-    max_steps=900,
-    lr=1.6e-2,
-    warmup_steps=20,
-    cooldown=0.6,
-    optimizer="muon",
-    muon_lr=0.03,
-    compile=False,
-    log_interval=25,
-    val_tokens=20_000,
-    hellaswag_file="demo_data/next_line.jsonl",
-    sample_prompt="def ",
-    temperature=0.7,
-)
+DEMO = Config(GPTConfig(block_size=192, vocab_size=257, n_layer=2, n_head=4, n_embd=128))
+DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.jsonl")
+DEMO = replace(DEMO, total_batch_size=12 * 192, micro_batch_size=12, max_steps=600, compile=False)
+DEMO = replace(DEMO, optimizer="muon", lr=1.6e-2, muon_lr=0.03, warmup_steps=20, cooldown=0.8)
+DEMO = replace(DEMO, log_interval=25, val_tokens=20_000, sample_prompt="def ", temperature=0.7)
+FINETUNE = Config(init_from="gpt2", data_dir="my_data", total_batch_size=2**15, max_steps=200)
+FINETUNE = replace(FINETUNE, lr=3e-5, min_lr=3e-6, warmup_steps=20)
+SHAKESPEARE = replace(DEMO, data_dir="shakespeare_char", sample_prompt="ROMEO:")
 
 PRESETS = {
     # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
@@ -145,20 +133,8 @@ PRESETS = {
     "gpt2-xl": Config(GPTConfig(n_layer=48, n_head=25, n_embd=1600), lr=2e-4, min_lr=2e-5),
     # small models reach the same loss in fewer steps this way; not measured at 124M
     "gpt2-fast": Config(optimizer="muon", lr=3e-3, min_lr=0.0, warmup_steps=250, cooldown=0.6),
-    "finetune": Config(
-        init_from="gpt2",
-        data_dir="my_data",
-        total_batch_size=2**15,
-        max_steps=200,
-        lr=3e-5,
-        min_lr=3e-6,
-        warmup_steps=20,
-        val_interval=50,
-        hellaswag_interval=0,
-    ),
-    "shakespeare_char": replace(
-        DEMO, data_dir="shakespeare_char", hellaswag_interval=0, sample_prompt="ROMEO:"
-    ),
+    "finetune": replace(FINETUNE, val_interval=50, hellaswag_interval=0),
+    "shakespeare_char": replace(SHAKESPEARE, hellaswag_interval=0),
     "demo": DEMO,
 }
 
@@ -172,46 +148,24 @@ def flatten(config: Config) -> dict:
 def check_config(config: Config, ddp_world_size: int = 1):
     """Exit with one line if a hyperparameter is out of range."""
     gpt, B, T = config.gpt, config.micro_batch_size, config.gpt.block_size
-    at_least_1 = {*FIXED, "total_batch_size", "micro_batch_size", "max_steps", "val_tokens"}
-    at_least_1 |= {"log_interval", "num_samples", "max_new_tokens", "timeout"}
-    at_most = {"dropout": 1, "cooldown": 1, "top_p": 1, "beta1": 0.9999, "beta2": 0.9999}
+    at_least_1 = (*FIXED, "total_batch_size", "micro_batch_size", "max_steps", "val_tokens")
+    at_least_1 += ("log_interval", "num_samples", "max_new_tokens", "timeout")
+    low = dict.fromkeys(at_least_1, 1) | {"lr": 1e-9}
+    high = {"dropout": 1, "cooldown": 1, "top_p": 1, "beta1": 0.9999, "beta2": 0.9999}
     for name, value in flatten(config).items():
-        low, high = int(name in at_least_1), at_most.get(name, 1e12)
-        if type(value) in (int, float) and not low <= value <= high:  # nan is refused, too
-            raise SystemExit(f"--{name} {value} must be between {low} and {high}")
-    if config.lr == 0 and config.optimizer == "muon":
-        raise SystemExit("--lr 0 must be above 0: Muon's learning rate follows its schedule")
+        limits = low.get(name, 0), high.get(name, 1e12)
+        if type(value) in (int, float) and not limits[0] <= value <= limits[1]:  # nan, too
+            raise SystemExit(f"--{name} {value} must be between {limits[0]} and {limits[1]}")
     if gpt.n_embd % gpt.n_head:
         raise SystemExit(f"--n_embd {gpt.n_embd} must be divisible by --n_head {gpt.n_head}")
     n_sequences, rest = divmod(config.total_batch_size, T * ddp_world_size)
     if rest or (B != "auto" and n_sequences % B):
-        raise SystemExit(
-            f"--total_batch_size {config.total_batch_size} must be divisible by --micro_batch_size "
-            f"{B} x --block_size {T} x {ddp_world_size} ranks"
-        )
+        total = f"--total_batch_size {config.total_batch_size}"
+        batch = f"--micro_batch_size {B} x --block_size {T} x {ddp_world_size} ranks"
+        raise SystemExit(f"{total} must be divisible by {batch}")
 
 
 # ---- 2. model ----------------------------------------------------------------------------------
-
-
-class KVCache:
-    """Keys and values of the tokens so far: sampling a token processes that token only."""
-
-    def __init__(self, n_positions: int):
-        self.n_positions = n_positions
-        self.T = 0  # tokens so far
-        self.kv = {}  # attention module -> its keys and values, (2, B, nh, n_positions, hs)
-
-    def append(self, attn: nn.Module, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Append k and v, both (B, nh, T, hs), of new tokens; return the keys and values of all."""
-        B, nh, T, hs = k.shape
-        if attn not in self.kv:
-            self.kv[attn] = k.new_empty(2, B, nh, self.n_positions, hs)
-        end = self.T + T
-        self.kv[attn][:, :, :, self.T : end] = torch.stack((k, v))
-        return self.kv[attn][:, :, :, :end]  # (2, B, nh, end, hs)
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head attention; a position attends to itself and to the positions before it."""
 
@@ -224,14 +178,16 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         B, T, C = x.size()
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        if cache is not None:
-            k, v = cache.append(self, k, v)
+        if cache is not None:  # append to the keys and values of the tokens so far
+            past_k, past_v = cache.get(self, (k[:, :, :0], v[:, :, :0]))
+            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
+            cache[self] = (k, v)
         # flash attention: the (T, T) matrix is never written to memory (Dao et al. 2022);
         # a single query is the newest token, which attends to all keys
         dropout_p = self.dropout if self.training else 0.0
@@ -265,9 +221,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        # pre-norm (GPT-2 paper, section 2.3): no LayerNorm on the residual path itself, so the
-        # gradient reaches the first block unchanged
+    def forward(self, x: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
+        # pre-norm (GPT-2 paper, section 2.3): no LayerNorm changes the gradient between blocks
         x = x + self.attn(self.ln_1(x), cache)  # (B, T, C)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -303,27 +258,23 @@ class GPT(nn.Module):
             elif "ln_" in name:
                 p.fill_(1.0)
             elif name.endswith("c_proj.weight"):
-                # the residual stream sums 2 * n_layer of these: keep its variance independent of
-                # the depth
+                # the residual stream adds up 2 * n_layer outputs of these: keep its variance
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             else:
                 p.normal_(std=0.01 if name.endswith("wpe.weight") else 0.02)
 
-    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """The input of lm_head, (B, T, C), for tokens idx (B, T) int64. With a cache, idx follow
-        the tokens in the cache: any number in the first call, then one at a time."""
-        T = idx.size(1)
-        start = 0 if cache is None else cache.T
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens, but block_size is {self.config.block_size}")
+    def hidden(self, idx: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
+        """The input of lm_head, (B, T, C), for tokens idx (B, T) int64. A cache, {} in the first
+        call, keeps the keys and values of all tokens: each later call gets one new token only."""
+        T, block_size = idx.size(1), self.config.block_size
+        start = next(iter(cache.values()))[0].size(2) if cache else 0  # tokens in the cache
+        assert start + T <= block_size, f"{start + T} tokens, but block_size is {block_size}"
         pos = torch.arange(start, start + T, device=idx.device)  # (T,)
         pos_emb = self.transformer.wpe(pos)  # (T, C)
         tok_emb = self.transformer.wte(idx)  # (B, T, C)
         x = self.transformer.drop(tok_emb + pos_emb)
         for block in self.transformer.h:
             x = block(x, cache)  # (B, T, C)
-        if cache is not None:
-            cache.T += T
         return self.transformer.ln_f(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -343,22 +294,18 @@ class GPT(nn.Module):
     def generate(
         self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, eot=None, generator=None
     ):
-        """Append up to max_new_tokens tokens, sampled by sample_token, to each row of idx (B, T).
-        A row that has sampled the token eot repeats it; generation stops when all rows have. When
-        block_size is reached, the last half of the tokens becomes the new context."""
-        block_size = self.config.block_size
-        ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        x, cache = idx[:, -block_size:], KVCache(block_size)
+        """Append max_new_tokens sampled tokens to idx (B, T), or fewer if each row has sampled eot.
+        When block_size is reached, the last half of the tokens becomes the new context."""
+        T, block_size = idx.size(1), self.config.block_size
+        x, cache, n_cached = idx[:, -block_size:], {}, 0
         for _ in range(max_new_tokens):
-            if cache.T + x.size(1) > block_size:
-                x, cache = idx[:, -max(1, block_size // 2) :], KVCache(block_size)
+            if n_cached + x.size(1) > block_size:
+                x, cache, n_cached = idx[:, -max(1, block_size // 2) :], {}, 0
             logits = self.logits(self.hidden(x, cache)[:, -1])  # (B, vocab_size)
+            n_cached += x.size(1)
             x = sample_token(logits.float(), temperature, top_k, top_p, generator)  # (B, 1)
-            if eot is not None:
-                ended |= x == eot
-                x = x.masked_fill(ended, eot)
             idx = torch.cat((idx, x), dim=1)
-            if ended.all():
+            if eot is not None and (idx[:, T:] == eot).any(dim=1).all():
                 break
         return idx
 
@@ -366,8 +313,10 @@ class GPT(nn.Module):
     def from_pretrained(cls, model_type: str, dropout: float = 0.0) -> "GPT":
         """Load gpt2, gpt2-medium, gpt2-large or gpt2-xl from the hub, or a folder with config.json
         and model.safetensors, as written by transformers or by save_pretrained."""
-        folder, files = Path(model_type), ["config.json", "model.safetensors"]
-        try:
+        files = ["config.json", "model.safetensors"]
+        expected = f"gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, or a folder with {files}"
+        with fineweb.exit_on_error(f"cannot load {model_type}, expected {expected}"):
+            folder = Path(model_type)
             if not folder.is_dir():
                 from huggingface_hub import snapshot_download
 
@@ -377,66 +326,63 @@ class GPT(nn.Module):
             other = {k: hf[k] for k, value in HF_CONFIG.items() if hf.get(k, value) != value}
             if other:
                 raise ValueError(f"GPT-2 does not have {other}")
-            shape = (
-                hf[key] for key in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")
-            )
-            model = cls(GPTConfig(*shape, dropout=dropout))
+            T, vocab_size = hf["n_positions"], hf["vocab_size"]
+            gpt = GPTConfig(T, vocab_size, hf["n_layer"], hf["n_head"], hf["n_embd"], dropout)
             state = {}
             for name, w in load_file(folder / "model.safetensors").items():
                 if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                     name = "transformer." + name.removeprefix("transformer.")
                     state[name] = w.t() if name.endswith(TRANSPOSED) else w
-            wte = F.pad(state["transformer.wte.weight"], (0, 0, 0, -hf["vocab_size"] % 64))
+            wte = F.pad(state["transformer.wte.weight"], (0, 0, 0, -vocab_size % 64))
             state["transformer.wte.weight"] = state["lm_head.weight"] = wte
+            model = cls(gpt)
             model.load_state_dict(state)
             return model
-        except Exception as error:  # no connection, missing or corrupt files, other shapes
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise SystemExit(
-                f"cannot load {model_type} ({reason:.300}): give gpt2, gpt2-medium, gpt2-large, "
-                f"gpt2-xl, a run's folder, or a folder with {' and '.join(files)} of a GPT-2"
-            ) from None
 
     def save_pretrained(self, folder: str | Path):
-        """Write config.json and model.safetensors for transformers and for from_pretrained."""
-        folder, config = Path(folder), self.config
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write a new folder that transformers and from_pretrained load: the weights and, for
+        GPT-2's vocabulary, the tokenizer. The folder is complete or absent."""
+        config, folder = self.config, Path(folder)
         weights = {}
         for name, p in self.named_parameters():
             w = p.detach().float().cpu()
             if name.endswith("wte.weight"):
                 w = w[: config.vocab_size]  # without the padding
             weights[name] = (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         hf = HF_CONFIG | {"architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab_size}
         hf |= {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
         hf |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)
         hf |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
         eot = min(config.vocab_size, 50257) - 1
         hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
-        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        with fineweb.exit_on_error(f"cannot write {folder}"):
+            tmp = folder.with_name(folder.name + ".tmp")
+            tmp.mkdir(parents=True, exist_ok=True)
+            save_file(weights, tmp / "model.safetensors", metadata={"format": "pt"})
+            (tmp / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+            if config.vocab_size == 50257:
+                url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+                for name, source in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+                    (tmp / name).write_bytes(tiktoken.load.read_file_cached(f"{url}/{source}"))
+                (tmp / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+            os.replace(tmp, folder)
 
-    def configure_optimizers(self, config: Config, device_type: str) -> list[torch.optim.Optimizer]:
-        """[AdamW], or [AdamW, Muon] with Muon for the matrices in the blocks. Only matrices and
-        embeddings decay, not biases and LayerNorms. The `lr_scale` of a parameter group multiplies
-        the learning rate of get_lr."""
+    def configure_optimizers(self, config: Config) -> list[torch.optim.Optimizer]:
+        """[AdamW], or [AdamW, Muon] with Muon for the matrices in the blocks. Biases and LayerNorms
+        do not decay. The `lr_scale` of a parameter group multiplies the rate of get_lr."""
         adamw_params, muon_params = [], []
         for name, p in self.named_parameters():
             is_muon = config.optimizer == "muon" and ".h." in name and p.dim() == 2
             (muon_params if is_muon else adamw_params).append(p)
-        decay = [p for p in adamw_params if p.dim() >= 2]
-        no_decay = [p for p in adamw_params if p.dim() < 2]
-        groups = [
-            {"params": decay, "weight_decay": config.weight_decay, "lr_scale": 1.0},
-            {"params": no_decay, "weight_decay": 0.0, "lr_scale": 1.0},
-        ]
+        decay = {"params": [p for p in adamw_params if p.dim() >= 2], "lr_scale": 1.0}
+        no_decay = {"params": [p for p in adamw_params if p.dim() < 2], "lr_scale": 1.0}
+        groups = [decay | {"weight_decay": config.weight_decay}, no_decay | {"weight_decay": 0.0}]
         betas = (config.beta1, config.beta2)
-        fused = device_type in ("cuda", "mps", "cpu")  # one kernel updates all parameters
-        optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=fused)]
+        # fused: one kernel updates all parameters
+        optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=True)]
         if muon_params:
-            # Muon orthogonalizes the momentum (Jordan et al. 2024)
             group = {"params": muon_params, "lr_scale": config.muon_lr / config.lr}
-            optimizers.append(torch.optim.Muon([group], weight_decay=config.weight_decay))
+            optimizers.append(Muon([group], {"weight_decay": config.weight_decay}))
         return optimizers
 
     def flops_per_token(self, T: int) -> int:
@@ -444,6 +390,30 @@ class GPT(nn.Module):
         half of the 12 * L * C * T in the PaLM paper (appendix B), since the mask skips half."""
         n_params = sum(p.numel() for p in self.parameters())
         return 6 * n_params + 6 * self.config.n_layer * self.config.n_embd * T
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalizes the momentum of matrices (Jordan et al. 2024). torch.optim.Muon does so in
+    bfloat16 on every device, which takes many times longer on CPUs without bfloat16."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
+                X = p.grad.lerp(momentum, 0.95)  # Nesterov momentum
+                X = (X / (X.norm() + 1e-7)).to(torch.bfloat16 if X.is_cuda else torch.float32)
+                is_tall = X.size(0) > X.size(1)
+                X = X.T if is_tall else X  # X @ X.T is then the smaller of the two
+                for _ in range(5):  # Newton-Schulz iteration: the singular values approach 1
+                    A = X @ X.T
+                    B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)
+                    X = torch.addmm(X, B, X, beta=3.4445)
+                X = X.T if is_tall else X
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(X, alpha=group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
 
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
@@ -468,19 +438,12 @@ def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None) ->
 # OpenAI's release stores these as (in, out), nn.Linear as (out, in)
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # what config.json contains for every GPT-2
-HF_CONFIG = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
-}
+HF_CONFIG = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+HF_CONFIG |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+HF_CONFIG |= {"tie_word_embeddings": True}
 
 
 # ---- 3. data -------------------------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=2)  # a step may read the end of an epoch and the start of the next
 def epoch_order(n_sequences: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the sequences in an epoch: a permutation, (n_sequences,)."""
@@ -488,12 +451,9 @@ def epoch_order(n_sequences: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class DataLoaderLite:
-    """Batches of token sequences from the shards of a split.
-
-    A batch is a pure function of the step: the step, the micro-step and the rank decide which
-    sequences it contains. So there is no loader state to save, and the losses do not depend on
-    the number of ranks or on the micro-batch size B.
-    """
+    """Batches of token sequences from the shards of a split. The step, the micro-step and the rank
+    decide which sequences a batch contains. So there is no loader state to save, and the losses do
+    not depend on the number of ranks or on the micro-batch size B."""
 
     def __init__(self, config: Config, split: str, B: int, ddp_rank: int, ddp_world_size: int):
         self.B, self.T = B, config.gpt.block_size
@@ -505,9 +465,7 @@ class DataLoaderLite:
         self.ends = np.cumsum([max(0, len(shard) - 1) // self.T for shard in self.shards])
         self.n_sequences = int(self.ends[-1])
         if self.n_sequences == 0:
-            raise SystemExit(
-                f"the {split} split in {config.data_dir} has less than {self.T} tokens"
-            )
+            raise SystemExit(f"{config.data_dir}: the {split} split has fewer than {self.T} tokens")
 
     def sequences(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """The sequences with these numbers as x, y, both (B, T) int64; y is x shifted by one."""
@@ -535,14 +493,15 @@ class DataLoaderLite:
 
 def prepare_demo_data(config: Config):
     """Make the demo's data: Python's standard library as bytes, and questions about it."""
-    path = Path(config.hellaswag_file)
-    if not path.exists():
-        fineweb.main(fineweb.Config(dataset="stdlib", out=config.data_dir))
-        # in HellaSwag's form, on held-out code: which of four lines comes next?
-        shards = fineweb.open_shards(config.data_dir, "val", config.gpt.vocab_size)
-        text = fineweb.get_encoding("bytes").decode(np.concatenate(shards).tolist())
-        examples = hellaswag.make_examples(text.split("<|endoftext|>"), 200)
-        write_atomically(path, "".join(json.dumps(example) + "\n" for example in examples))
+    if Path(config.hellaswag_file).exists():
+        return
+    fineweb.main(fineweb.Config(dataset="stdlib", out=config.data_dir))
+    # in HellaSwag's form, on held-out code: which of four lines comes next?
+    shards = fineweb.open_shards(config.data_dir, "val", config.gpt.vocab_size)
+    text = fineweb.get_encoding("bytes").decode(np.concatenate(shards).tolist())
+    examples = hellaswag.make_examples(text.split("<|endoftext|>"), 200)
+    lines = [json.dumps(example) + "\n" for example in examples]
+    fineweb.write_file(Path(config.hellaswag_file), "".join(lines).encode())
 
 
 def get_encoding_for(vocab_size: int):
@@ -553,8 +512,6 @@ def get_encoding_for(vocab_size: int):
 
 
 # ---- 4. learning rate schedule -----------------------------------------------------------------
-
-
 def get_lr(step: int, config: Config) -> float:
     """The learning rate of a step: linear warmup, then cosine decay to min_lr; or, with a cooldown,
     a constant rate followed by a linear decay (Hägele et al. 2024)."""
@@ -570,8 +527,6 @@ def get_lr(step: int, config: Config) -> float:
 
 
 # ---- 5. evaluation -------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def evaluate_loss(model, raw_model: GPT, val_loader: DataLoaderLite, n_tokens: int, device: str):
     """Mean cross-entropy in nats per token, next-token accuracy, and number of tokens, for the
@@ -608,23 +563,9 @@ def sample_texts(model: GPT, enc, prompt: str, config: Config):
 
 
 # ---- 6. the run's folder: config.json, log.txt, curve.png, step_NNNNNN.pt, hf/ -------------------
-
-
-def write_atomically(path: Path, text: str):
-    """Write a temporary file and rename it: the file is complete or absent."""
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def checkpoint_paths(log_dir: Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
-    return sorted(log_dir.glob("step_[0-9]*.pt"))
-
-
 def load_checkpoint(path: Path) -> dict | None:
-    """Read a checkpoint, or the newest readable one in a folder, to the CPU. None if the folder has
-    no checkpoint."""
-    paths = checkpoint_paths(path) if path.is_dir() else [path]
+    """Read a checkpoint, or the newest readable one in a folder. None if the folder has none."""
+    paths = sorted(path.glob("step_*.pt")) if path.is_dir() else [path]
     for path in reversed(paths):
         try:
             with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
@@ -635,11 +576,9 @@ def load_checkpoint(path: Path) -> dict | None:
                 raise ValueError("not a checkpoint of this script")
             return checkpoint
         except Exception as error:  # missing, truncated or corrupt
-            reason = (str(error) or repr(error)).splitlines()[0]
-            print(f"cannot read {path} ({reason:.200})", file=sys.stderr)
+            print(f"cannot read {path} ({repr(error):.200})", file=sys.stderr)
     if paths:
         raise SystemExit("no readable checkpoint: give another one, or start a new run")
-    return None
 
 
 class CheckpointWriter:
@@ -648,66 +587,51 @@ class CheckpointWriter:
 
     def __init__(self, log_dir: Path, config: Config, data: str):
         self.log_dir, self.config, self.data = log_dir, config, data
-        self.thread, self.pending, self.failure = ThreadPoolExecutor(max_workers=1), None, ""
+        self.thread, self.pending, self.failure = ThreadPoolExecutor(max_workers=1), [], ""
 
     def save(self, step: int, model: GPT, optimizers, scaler):
         """Copy the state of the run, and write the copy in the background."""
-        self.wait()
-        checkpoint = {
-            "step": step,
-            "model": model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "scaler": scaler.state_dict(),
-            "gpt": asdict(model.config),
-            "config": flatten(self.config),
-            "data": self.data,
-        }
-        self.pending = self.thread.submit(self.write, copy.deepcopy(checkpoint))
+        wait(self.pending)
+        checkpoint = {"step": step, "data": self.data, "config": flatten(self.config)}
+        checkpoint |= {"gpt": asdict(model.config), "model": model.state_dict()}
+        checkpoint |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+        checkpoint |= {"scaler": scaler.state_dict()}
+        self.pending = [self.thread.submit(self.write, copy.deepcopy(checkpoint))]
 
     def write(self, checkpoint: dict):
-        path = self.log_dir / f"step_{checkpoint['step']:06d}.pt"
         tmp = self.log_dir / "checkpoint.tmp"
         try:
             torch.save(checkpoint, tmp)
             with open(tmp, "rb+") as file:
                 os.fsync(file.fileno())  # on the disk before it gets its name
-            os.replace(tmp, path)
+            os.replace(tmp, self.log_dir / f"step_{checkpoint['step']:06d}.pt")
             keep, interval = self.config.keep_checkpoints, self.config.archive_interval
-            for old in checkpoint_paths(self.log_dir)[:-keep] if keep else []:
+            for old in sorted(self.log_dir.glob("step_*.pt"))[:-keep] if keep else []:
                 if not interval or int(old.stem[5:]) % interval:
                     old.unlink()
             self.failure = ""
-        except (OSError, RuntimeError) as error:  # torch.save: RuntimeError if the disk is full
+        except Exception as error:  # above all a full disk
             self.failure = (str(error) or repr(error)).splitlines()[0]
             tmp.unlink(missing_ok=True)
-
-    def wait(self):
-        """Wait until the last checkpoint is written."""
-        if self.pending:
-            self.pending.result()
-
-
-LOG_LINE = re.compile(r"^(\d+) (train|val|hella) (\S+)\n", re.MULTILINE)  # not a truncated one
 
 
 class RunLog:
     """log.txt, one line `step stream value` for each number; Weights & Biases if enabled."""
 
+    LINE = re.compile(r"^(\d+) (train|val|hella) (\S+)\n", re.MULTILINE)  # not a truncated one
+
     def __init__(self, log_dir: Path, config: Config, first_step: int):
         self.path, self.wandb_run = log_dir / "log.txt", None
         # a resumed run repeats the steps after its checkpoint
-        lines = LOG_LINE.findall(self.path.read_text()) if self.path.exists() else []
+        lines = self.LINE.findall(self.path.read_text()) if self.path.exists() else []
         lines = [" ".join(line) + "\n" for line in lines if int(line[0]) < first_step]
-        write_atomically(self.path, "".join(lines))
+        fineweb.write_file(self.path, "".join(lines).encode())
         if config.wandb:
             settings = {"name": log_dir.name, "dir": log_dir, "config": flatten(config)}
-            try:
+            with fineweb.exit_on_error("--wandb failed; WANDB_MODE=offline needs no login"):
                 import wandb
 
                 self.wandb_run = wandb.init(project="gpt2", **settings)
-            except Exception as error:  # not installed, not logged in
-                reason = (str(error) or repr(error)).splitlines()[0]
-                raise SystemExit(f"--wandb: {reason}; WANDB_MODE=offline needs no login") from None
 
     def write(self, step: int, stream: str, value: float):
         try:
@@ -722,7 +646,7 @@ class RunLog:
 def read_log(log_dir: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     """log.txt as {stream: (steps, values)}."""
     streams = {"train": ([], []), "val": ([], []), "hella": ([], [])}
-    for step, stream, value in LOG_LINE.findall((Path(log_dir) / "log.txt").read_text()):
+    for step, stream, value in RunLog.LINE.findall((Path(log_dir) / "log.txt").read_text()):
         streams[stream][0].append(int(step))
         streams[stream][1].append(float(value))
     return streams
@@ -730,75 +654,68 @@ def read_log(log_dir: str | Path) -> dict[str, tuple[list[int], list[float]]]:
 
 def draw_curve(log_dir: Path, config: Config):
     """Draw log.txt as curve.png: losses on the left, accuracy on HellaSwag on the right."""
-    try:
-        from matplotlib.figure import Figure
+    from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        streams = read_log(log_dir)
-        left.plot(*streams["train"], linewidth=0.7, label="training loss")
-        left.plot(*streams["val"], marker=".", label="validation loss")
-        right.plot(*streams["hella"], marker=".", label="accuracy")
-        right.axhline(0.25, color="silver", linestyle=":", label="chance")
-        if config.gpt.vocab_size >= 50257:
-            # GPT-2: build-nanogpt's play.ipynb and hellaswag.py; GPT-3: its paper, table H.1
-            left.axhline(3.2924, color="C3", linestyle="--", label="GPT-2 124M, validation")
-            right.axhline(0.2955, color="C3", linestyle="--", label="GPT-2 124M")
-            right.axhline(0.337, color="C2", linestyle="--", label="GPT-3 124M")
-        losses = [loss for loss in streams["train"][1] if math.isfinite(loss)]
-        if losses:  # do not let the first steps hide the rest
-            left.set_ylim(top=1.05 * max(losses[len(losses) // 50 :]))
-        left.set(title=log_dir.name, xlabel="step", ylabel="loss (nats per token)")
-        right.set(title=Path(config.hellaswag_file).stem, xlabel="step", ylabel="accuracy")
-        left.legend()
-        right.legend()
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    streams = read_log(log_dir)
+    left.plot(*streams["train"], linewidth=0.7, label="training loss")
+    left.plot(*streams["val"], marker=".", label="validation loss")
+    right.plot(*streams["hella"], marker=".", label="accuracy")
+    right.axhline(0.25, color="silver", linestyle=":", label="chance")
+    if config.gpt.vocab_size >= 50257:
+        # GPT-2: build-nanogpt's play.ipynb and hellaswag.py; GPT-3: its paper, table H.1
+        left.axhline(3.2924, color="C3", linestyle="--", label="GPT-2 124M, validation")
+        right.axhline(0.2955, color="C3", linestyle="--", label="GPT-2 124M")
+        right.axhline(0.337, color="C2", linestyle="--", label="GPT-3 124M")
+    losses = [loss for loss in streams["train"][1] if math.isfinite(loss)]
+    if losses:  # do not let the first steps hide the rest
+        left.set_ylim(top=1.05 * max(losses[len(losses) // 50 :]))
+    left.set(title=log_dir.name, xlabel="step", ylabel="loss (nats per token)")
+    right.set(title=Path(config.hellaswag_file).stem, xlabel="step", ylabel="accuracy")
+    left.legend()
+    right.legend()
+    try:
         figure.savefig(log_dir / "curve.png")
-    except (ImportError, OSError) as error:  # no matplotlib, a full disk
+    except OSError as error:  # a full disk
         print(f"cannot draw {log_dir}/curve.png: {error}", flush=True)
 
 
 def choose_log_dir(config: Config) -> Path:
     """The run's folder: that of --resume or --out_dir, or a new log/NAME-NNN."""
-    runs = sorted(Path("log").glob(f"{config.name}-[0-9][0-9][0-9]"))
-    unfinished = [run for run in runs if not (run / "hf").exists()]
     if config.resume not in ("", "auto"):
-        if not checkpoint_paths(Path(config.resume)):
+        if not any(Path(config.resume).glob("step_*.pt")):
             raise SystemExit(f"no step_*.pt in {config.resume}: give --resume a run's folder")
         return Path(config.resume)
     if config.out_dir:
         if not config.resume and (Path(config.out_dir) / "config.json").exists():
             raise SystemExit(f"{config.out_dir} has a run: add --resume auto, or change --out_dir")
         return Path(config.out_dir)
+    runs = sorted(Path("log").glob(f"{config.name}-[0-9][0-9][0-9]"))
+    unfinished = [run for run in runs if not (run / "hf").exists()]
     if config.resume and unfinished:
         return unfinished[-1]
     return Path("log", f"{config.name}-{int(runs[-1].name[-3:]) + 1 if runs else 1:03d}")
 
 
 def start_run(log_dir: Path, config: Config, n_params: int) -> FileLock:
-    """Create the run's folder and write config.json. The run has the folder for itself as long as
-    it holds the lock."""
-    needed = 12 * n_params * (config.keep_checkpoints + 1)  # bytes: weights and two moments
-    try:
+    """Create the run's folder, lock it against other processes, and write config.json."""
+    with fineweb.exit_on_error(f"cannot write to {log_dir}, or another process trains in it"):
         log_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(log_dir / "run.lock")
         lock.acquire(timeout=0)
-        free = shutil.disk_usage(log_dir).free
-        if config.checkpoint_interval and free < needed:
-            raise SystemExit(
-                f"checkpoints need {needed / 1e9:.1f} GB, but {log_dir} has {free / 1e9:.1f} GB "
-                "free: free space, or lower --keep_checkpoints"
-            )
-        write_atomically(log_dir / "config.json", json.dumps(flatten(config), indent=2) + "\n")
-    except Timeout:
-        raise SystemExit(f"another process trains in {log_dir}: give another --out_dir") from None
-    except OSError as error:
-        raise SystemExit(f"cannot write to {log_dir}: {error.strerror}") from None
+    needed = 12 * n_params * (config.keep_checkpoints + 1)  # bytes: weights and two moments
+    free = shutil.disk_usage(log_dir).free
+    if config.checkpoint_interval and free < needed:
+        have = f"checkpoints need {needed / 1e9:.1f} GB, {log_dir} has {free / 1e9:.1f} GB free"
+        raise SystemExit(f"{have}: free space, or lower --keep_checkpoints")
+    shutil.rmtree(log_dir / "hf", ignore_errors=True)  # of a finished run that is extended
+    fineweb.write_file(log_dir / "config.json", json.dumps(flatten(config), indent=2).encode())
     return lock
 
 
 def check_resume(config: Config, checkpoint: dict, data: str):
-    """Print hyperparameters that differ from the checkpoint's. Exit if the run would not be the
-    same experiment, unless resume_anyway is set."""
+    """Print the changed hyperparameters, and exit if they make the run another experiment."""
     old = checkpoint["config"] | {"data": checkpoint["data"]}
     new = flatten(config) | {"data": data}
     changed = [name for name in FIXED + EXPERIMENT if old[name] != new[name]]
@@ -813,8 +730,7 @@ def check_resume(config: Config, checkpoint: dict, data: str):
 
 
 class StopSignal:
-    """Records SIGINT or SIGTERM, so that the run can stop after the current step. A second signal
-    ends the process at once."""
+    """Records SIGINT or SIGTERM: the run stops after the step. A second one ends the process."""
 
     def __init__(self, *signals: signal.Signals):
         self.signum, self.received_at = 0, math.inf
@@ -825,7 +741,7 @@ class StopSignal:
         # torchrun forwards the Ctrl-C that the ranks have already received from the terminal
         if time.monotonic() > self.received_at + 1:
             os._exit(128 + signum)
-        if not self.signum and int(os.environ.get("RANK", 0)) == 0:
+        if not self.signum and os.environ.get("RANK", "0") == "0":
             os.write(2, b"stopping after this step; a second signal stops at once\n")
         self.signum, self.received_at = signum, min(self.received_at, time.monotonic())
 
@@ -855,36 +771,14 @@ def get_device(name: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 
-def get_dtype(name: str, device: str) -> torch.dtype:
-    """The dtype of autocast. auto: float32, but on CUDA bfloat16, or float16 on GPUs without it."""
+def get_autocast(name: str, device: str) -> tuple[torch.dtype, torch.autocast]:
+    """The dtype of matmuls and its context manager. auto: float32; on CUDA bfloat16 or float16."""
+    dtype = torch.float32 if name == "auto" else getattr(torch, name)
     if name == "auto" and device.startswith("cuda"):
         # GPUs before Ampere only emulate bfloat16, slowly
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bfloat16 else torch.float16
-    return torch.float32 if name == "auto" else getattr(torch, name)
-
-
-def get_autocast(name: str, device: str) -> torch.autocast:
-    """The context manager in which matmuls have the dtype of get_dtype."""
-    dtype = get_dtype(name, device)
-    return torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32)
-
-
-def setup_ddp(config: Config) -> tuple[bool, int, int, int, str]:
-    """ddp, ddp_rank, ddp_local_rank, ddp_world_size and this rank's device. torchrun sets the
-    environment variables."""
-    ddp = "RANK" in os.environ
-    ddp_rank = int(os.environ.get("RANK", 0))
-    ddp_local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = get_device(config.device)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if ddp:
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
-    return ddp, ddp_rank, ddp_local_rank, ddp_world_size, device
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+    return dtype, torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32)
 
 
 def sum_over_ranks(*values: float, device: str) -> list[float]:
@@ -896,20 +790,6 @@ def sum_over_ranks(*values: float, device: str) -> list[float]:
     return totals.tolist()
 
 
-def fits_memory(model: GPT, B: int, T: int, autocast) -> bool:
-    """Whether a forward and backward pass of B sequences fit into the GPU's memory."""
-    try:
-        # AdamW's two moments, DDP's buckets, and as much again to spare
-        extra = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
-        idx = torch.zeros(B, T, dtype=torch.int64, device=extra[0].device)
-        with autocast:
-            _, loss = model(idx, idx)
-        loss.backward()  # needs more memory than the compiled model
-        return True
-    except torch.OutOfMemoryError:
-        return False
-
-
 def find_micro_batch_size(config: Config, model: GPT, ddp_world_size: int, device: str, autocast):
     """B, the number of sequences per forward pass. auto: on a GPU the largest power of two that
     divides the sequences of a rank and fits into memory, else at most 4."""
@@ -919,10 +799,17 @@ def find_micro_batch_size(config: Config, model: GPT, ddp_world_size: int, devic
     B = math.gcd(config.total_batch_size // (T * ddp_world_size), 2**20)
     if not device.startswith("cuda"):
         return min(B, 4)
+    # AdamW's two moments, DDP's buckets, and as much again to spare
+    reserved = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
     while B > 1:
-        failed = not fits_memory(model, B, T, autocast)
+        idx, loss, failed = reserved[0].new_zeros(B, T, dtype=torch.int64), None, False
+        try:
+            with autocast:
+                loss = model(idx, idx)[1]
+            loss.backward()  # needs more memory than the compiled model
+        except torch.OutOfMemoryError:
+            failed = True
         model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
         if sum_over_ranks(failed, device=device) == [0]:  # all ranks use the same B
             break
         B //= 2
@@ -930,58 +817,64 @@ def find_micro_batch_size(config: Config, model: GPT, ddp_world_size: int, devic
 
 
 # ---- 8. training ---------------------------------------------------------------------------------
-
-
 def is_due(interval: int, step: int, last_step: bool) -> bool:
     return interval > 0 and (step % interval == 0 or last_step)
 
 
 def train(config: Config, stop_signal: StopSignal | None = None):
     """Train a model. Exits with one line on user errors, and with 128 + signal after a signal."""
-    ddp, ddp_rank, ddp_local_rank, ddp_world_size, device = setup_ddp(config)
+    # set up DDP; torchrun sets these environment variables
+    ddp = "RANK" in os.environ
+    ddp_rank = int(os.environ.get("RANK", 0))
+    ddp_local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    ddp_world_size = int(os.environ.get("WORLD_SIZE", 1))
     master_process = ddp_rank == 0  # this process does logging, checkpointing etc.
-    device_type = device.split(":")[0]  # cuda:0 -> cuda
-    stop_signal = stop_signal or StopSignal()
     check_config(config, ddp_world_size)
-    shared = [None]
-    if master_process:
-        shared = [choose_log_dir(config)]
-        if config.data_dir == "demo_data":
-            prepare_demo_data(config)
+    device = get_device(config.device)
+    device_type = device.split(":")[0]  # cuda:0 -> cuda
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ddp:
-        dist.broadcast_object_list(shared)  # the other ranks wait here for rank 0
-    log_dir = shared[0]
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    stop_signal = stop_signal or StopSignal()
+    log_dir = choose_log_dir(config)
+    if master_process and config.data_dir == "demo_data":
+        prepare_demo_data(config)
+    if ddp:
+        dist.barrier()  # the other ranks wait here for rank 0
 
     # model
     torch.manual_seed(config.seed)
     checkpoint = load_checkpoint(log_dir) if log_dir.is_dir() else None
+    T = config.gpt.block_size
     if checkpoint or config.init_from:
         raw_model = load_model(config.init_from, checkpoint, config.gpt.dropout)
     else:
         raw_model = GPT(config.gpt)
-    if config.init_from:
-        config = with_network_of(raw_model, config)
+    if config.init_from:  # T may be smaller than the number of positions of the given weights
+        if T > raw_model.config.block_size:
+            raise SystemExit(f"--block_size {T} must be at most {raw_model.config.block_size}")
+        config = replace(config, gpt=replace(raw_model.config, block_size=T))
     raw_model.to(device)
     n_params = sum(p.numel() for p in raw_model.parameters())
-    dtype = get_dtype(config.dtype, device)
-    autocast = get_autocast(config.dtype, device)
+    dtype, autocast = get_autocast(config.dtype, device)
 
     # data
-    T = config.gpt.block_size
     B = find_micro_batch_size(config, raw_model, ddp_world_size, device, autocast)
     grad_accum_steps = config.total_batch_size // (B * T * ddp_world_size)
     train_loader = DataLoaderLite(config, "train", B, ddp_rank, ddp_world_size)
     data = fineweb.fingerprint(config.data_dir)
     if config.val_interval:
         val_loader = DataLoaderLite(config, "val", B, ddp_rank, ddp_world_size)
-    if config.sample_interval or config.hellaswag_interval:
-        enc = get_encoding_for(config.gpt.vocab_size)
+    enc = get_encoding_for(config.gpt.vocab_size)
     if config.hellaswag_interval:
         examples = hellaswag.iterate_examples(config.hellaswag_file)
         examples = hellaswag.prepare(examples, enc, T)
 
     # optimizers
-    optimizers = raw_model.configure_optimizers(config, device_type)
+    optimizers = raw_model.configure_optimizers(config)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
     first_step = 0
     if checkpoint:
@@ -991,8 +884,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             # the moments are the checkpoint's, the hyperparameters those of this command
             state["param_groups"] = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(state)
-        if checkpoint["scaler"]:
-            scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {}: no float16
         del checkpoint
 
     # model is compiled and wrapped in DDP; raw_model is for all that has other shapes
@@ -1005,16 +897,12 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         log = RunLog(log_dir, config, first_step)
         writer = CheckpointWriter(log_dir, config, data)
         epochs = config.max_steps * train_loader.sequences_per_step / train_loader.n_sequences
-        start_line = f"{log_dir} | {n_params:,} parameters | {device} | {dtype}"
-        print(f"{start_line} | starting at step {first_step}")
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
-        print(
-            f"{config.total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs", flush=True
-        )
+        print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
+        print(f"{config.total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
 
     flops_per_step = raw_model.flops_per_token(T) * config.total_batch_size
-    bad_steps = 0
-    start = time.time()
+    start, bad_steps = time.time(), 0
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
 
@@ -1027,8 +915,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             break
         if is_due(config.val_interval, step, last_step):
             with autocast:
-                n_tokens = config.val_tokens
-                val_loss, _, _ = evaluate_loss(model, raw_model, val_loader, n_tokens, device)
+                val_loss = evaluate_loss(model, raw_model, val_loader, config.val_tokens, device)[0]
             if master_process:
                 print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
                 log.write(step, "val", val_loss)
@@ -1089,8 +976,8 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             log.write(step, "train", loss_accum)
             tokens_per_sec = config.total_batch_size / dt
             mfu = flops_per_step / dt / (peak_flops(device) * ddp_world_size)
-            steps_done, steps_left = step + 1 - first_step, config.max_steps - step - 1
-            seconds = (time.time() - start) / steps_done * steps_left
+            seconds_per_step = (time.time() - start) / (step + 1 - first_step)
+            seconds = seconds_per_step * (config.max_steps - step - 1)  # to the end of the run
             line = f"step {step:5d} | loss {loss_accum:.4f} | lr {lr:.2e} | norm {norm:.4f} | "
             line += f"dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f} | "
             line += f"mfu {mfu:.1%} | " if math.isfinite(mfu) else ""
@@ -1106,17 +993,15 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             raise SystemExit(f"{message}: --resume auto --resume_anyway with a lower --lr")
 
     if master_process:
-        writer.wait()
+        wait(writer.pending)
         if writer.failure:
             print(f"the last checkpoint was not written: {writer.failure}")
         if stopping:
             print(f"stopped at step {step}: the same command with --resume auto continues")
         else:
-            export(raw_model, log_dir / "hf")
+            raw_model.save_pretrained(log_dir / "hf")
             draw_curve(log_dir, config)
             print(f"finished in {(time.time() - start) / 60:.1f} minutes; see {log_dir}/curve.png")
-            if device_type == "cuda":
-                print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB per GPU")
             print(f'python train_gpt2.py --prompt "{config.sample_prompt}" --init_from {log_dir}')
         lock.release()
     if ddp:
@@ -1127,11 +1012,8 @@ def train(config: Config, stop_signal: StopSignal | None = None):
 
 
 # ---- 9. sampling, evaluation only, export --------------------------------------------------------
-
-
 def load_model(source: str, checkpoint: dict | None = None, dropout: float = 0.0) -> GPT:
-    """The model of a checkpoint, of a step_NNNNNN.pt, of a run's folder, or of a source that
-    GPT.from_pretrained loads; on the CPU."""
+    """The model of a checkpoint, a step_NNNNNN.pt, a run's folder, or a from_pretrained source."""
     path = Path(source)
     if not checkpoint and (path.is_dir() or path.suffix == ".pt"):
         checkpoint = load_checkpoint(path)
@@ -1142,81 +1024,32 @@ def load_model(source: str, checkpoint: dict | None = None, dropout: float = 0.0
     return model
 
 
-def with_network_of(model: GPT, config: Config) -> Config:
-    """The config with the network of a model. T may be smaller than its number of positions."""
-    T, n = config.gpt.block_size, model.config.block_size
-    if T > n:
-        raise SystemExit(f"--block_size {T} must be at most {n}, as in {config.init_from}")
-    gpt = replace(model.config, block_size=T, dropout=config.gpt.dropout)
-    return replace(config, gpt=gpt)
-
-
-def print_samples(config: Config):
-    """Print continuations of each prompt."""
-    model = load_model(config.init_from).to(get_device(config.device))
-    enc = get_encoding_for(model.config.vocab_size)
-    for prompt in config.prompt:
-        prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
-        for text in sample_texts(model, enc, prompt, config):
-            print(f"> {text}", flush=True)
-
-
 def evaluate_only(config: Config):
     """Print the evaluations of the training loop, once, for the weights in init_from."""
-    ddp, ddp_rank, _, ddp_world_size, device = setup_ddp(config)
-    master_process = ddp_rank == 0
+    device = get_device(config.device)
     model = load_model(config.init_from).to(device)
     T = min(config.gpt.block_size, model.config.block_size)
     config = replace(config, gpt=replace(model.config, block_size=T))
     enc = get_encoding_for(config.gpt.vocab_size)
-    with get_autocast(config.dtype, device):
+    _, autocast = get_autocast(config.dtype, device)
+    with autocast:
         if config.val_interval:
-            B = 8 if config.micro_batch_size == "auto" else config.micro_batch_size
-            loader = DataLoaderLite(config, "val", B, ddp_rank, ddp_world_size)
-            loss, accuracy, n = evaluate_loss(model, model, loader, config.val_tokens, device)
-            if master_process:
-                _, y = loader.sequences(range(n // T))
-                n_bytes = len(enc.decode_bytes(y[y != enc.eot_token].tolist()))
-                print(f"validation loss      {loss:.4f} nats per token, {n:,} tokens")
-                print(f"perplexity           {math.exp(loss):.2f}")
-                print(f"next-token accuracy  {accuracy:.4f}")
-                # unlike the loss per token, it does not depend on the vocabulary
-                print(f"bits per byte        {loss * n / math.log(2) / n_bytes:.4f}")
+            val_loader = DataLoaderLite(config, "val", B=8, ddp_rank=0, ddp_world_size=1)
+            loss, accuracy, n = evaluate_loss(model, model, val_loader, config.val_tokens, device)
+            _, y = val_loader.sequences(range(n // T))
+            n_bytes = len(enc.decode_bytes(y[y != enc.eot_token].tolist()))
+            print(f"validation loss      {loss:.4f} nats per token, {n:,} tokens")
+            print(f"perplexity           {math.exp(loss):.2f}")
+            print(f"next-token accuracy  {accuracy:.4f}")
+            # unlike the loss per token, it does not depend on the vocabulary
+            print(f"bits per byte        {loss * n / math.log(2) / n_bytes:.4f}")
         for way in ("lecture", "harness") if config.hellaswag_interval else ():
             examples = hellaswag.iterate_examples(config.hellaswag_file)
             examples = hellaswag.prepare(examples, enc, T, way)
-            counts = hellaswag.evaluate(model, examples, ddp_rank, ddp_world_size)
-            counts = hellaswag.Counts(*map(int, sum_over_ranks(*counts, device=device)))
-            if master_process:
-                print(f"HellaSwag, {way:9} {counts}")
-    if ddp:
-        dist.destroy_process_group()
-
-
-def export(model: GPT, folder: Path):
-    """Write a folder that transformers loads: the weights and, for GPT-2's vocabulary, the
-    tokenizer. The folder is complete or absent."""
-    from tiktoken.load import read_file_cached
-
-    tmp = folder.with_name(folder.name + ".tmp")
-    try:
-        model.save_pretrained(tmp)
-        if model.config.vocab_size == 50257:
-            url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
-            for name, source in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
-                (tmp / name).write_bytes(read_file_cached(f"{url}/{source}"))
-            tokenizer = {"tokenizer_class": "GPT2Tokenizer"}
-            (tmp / "tokenizer_config.json").write_text(json.dumps(tokenizer) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise SystemExit(f"cannot export to {folder}: {error!s:.200}") from None
+            print(f"HellaSwag, {way:9} {hellaswag.evaluate(model, examples)}")
 
 
 # ---- 10. command line ----------------------------------------------------------------------------
-
-
 def parse_args(args: list[str]) -> Config:
     """`[PRESET] [--field value]...`; without a preset, gpt2."""
     import tyro
@@ -1224,43 +1057,40 @@ def parse_args(args: list[str]) -> Config:
     preset, *flags = args if args and not args[0].startswith("-") else ["gpt2", *args]
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset}: choose from {', '.join(PRESETS)}")
-    return tyro.cli(
-        Config,
-        prog=f"train_gpt2.py {preset}",
-        description=f"Train GPT-2. Presets: {', '.join(PRESETS)}.",
-        args=flags,
-        default=replace(PRESETS[preset], name=preset),
-        use_underscores=True,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction),
-    )
+    default, style = replace(PRESETS[preset], name=preset), tyro.conf.OmitArgPrefixes
+    return tyro.cli(Config, args=flags, default=default, config=[style], use_underscores=True)
 
 
 def main(config: Config):
-    """Train, or do what prompt, eval_only or export ask for."""
-    tasks = [name for name in ("prompt", "eval_only", "export") if getattr(config, name)]
-    if not tasks:
+    """Train, or do what eval_only, export or prompt ask for."""
+    tasks = [config.eval_only, config.export, config.prompt]
+    if not any(tasks):
         # clouds and job schedulers send SIGTERM before they take a machine away
         return train(config, StopSignal(signal.SIGINT, signal.SIGTERM))
-    if len(tasks) > 1:
-        raise SystemExit(f"give only one of {', '.join('--' + name for name in tasks)}")
+    if sum(map(bool, tasks)) > 1:
+        raise SystemExit("give only one of --eval_only, --export and --prompt")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     check_config(config)
     config = replace(config, init_from=config.init_from or "gpt2")
-    if config.prompt:
-        print_samples(config)
-    elif config.eval_only:
-        evaluate_only(config)
-    elif Path(config.export).exists():
+    if config.eval_only:
+        return evaluate_only(config)
+    if config.export and Path(config.export).exists():
         raise SystemExit(f"{config.export} exists: give --export a new folder")
-    else:
-        export(load_model(config.init_from), Path(config.export))
-        print(f"{config.export} is written: transformers can load it")
+    model = load_model(config.init_from)
+    if config.export:
+        model.save_pretrained(config.export)
+        return print(f"{config.export} is written: transformers can load it")
+    model.to(get_device(config.device))
+    enc = get_encoding_for(model.config.vocab_size)
+    for prompt in config.prompt:
+        prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
+        for text in sample_texts(model, enc, prompt, config):
+            print(f"> {text}", flush=True)
 
 
 if __name__ == "__main__":
     try:
         main(parse_args(sys.argv[1:]))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     except torch.OutOfMemoryError:
         sys.exit("out of GPU memory: halve --micro_batch_size, which does not change the losses")
     except SystemExit as error:

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def training_step(model, get_loss, optimizers, B: int, gpt: GPTConfig, device: s
     T, vocab_size = gpt.block_size, gpt.vocab_size
     tokens = torch.randint(vocab_size, (B, T + 1), device=device)
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T)
-    autocast = get_autocast("auto", device)
+    _, autocast = get_autocast("auto", device)
 
     def step():
         with autocast:
@@ -98,7 +99,7 @@ def bench_train(preset: str = ""):
         B, T = (64, 1024) if device.startswith("cuda") else (4, 256)
     gpt = replace(config.gpt, block_size=T)
     ours = GPT(gpt).to(device)
-    optimizers = ours.configure_optimizers(config, device.split(":")[0])
+    optimizers = ours.configure_optimizers(config)
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             n_layer=gpt.n_layer, n_head=gpt.n_head, n_embd=gpt.n_embd, n_positions=T,
@@ -225,7 +226,7 @@ def bench_checkpoint():
     """Seconds that saving takes from the loop: copying only, or copying and writing."""
     config, device = replace(Config(), keep_checkpoints=1), get_device("auto")
     model = GPT(replace(config.gpt, n_layer=6)).to(device)
-    optimizers = model.configure_optimizers(config, device.split(":")[0])
+    optimizers = model.configure_optimizers(config)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizers[0].step()
@@ -233,16 +234,11 @@ def bench_checkpoint():
     with tempfile.TemporaryDirectory(dir=".") as folder:
         writer = CheckpointWriter(Path(folder), config, data="")
 
-        def save(wait: bool) -> float:
+        def save() -> tuple[float, float]:
             t = seconds(writer.save, 1, model, optimizers, scaler)
-            return t + seconds(writer.wait) if wait else t
+            return t, seconds(wait, writer.pending)
 
-        def in_background() -> float:
-            t = save(wait=False)
-            writer.wait()
-            return t
-
-        ways = {"in a thread": in_background, "in the loop": lambda: save(wait=True)}
+        ways = {"in a thread": lambda: save()[0], "in the loop": lambda: sum(save())}
         compare("a checkpoint of 82M parameters", "seconds", ways)
 
 

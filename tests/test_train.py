@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import wait
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def reference(tiny, tmp_path_factory) -> Path:
 def initial(tiny, tmp_path_factory) -> Path:
     """A folder for transformers with the initial weights of `tiny`."""
     torch.manual_seed(tiny.seed)
-    GPT(tiny.gpt).save_pretrained(folder := tmp_path_factory.mktemp("initial"))
+    GPT(tiny.gpt).save_pretrained(folder := tmp_path_factory.mktemp("initial") / "hf")
     return folder
 
 
@@ -474,7 +475,7 @@ def test_the_console(tiny, capsys):
     assert steps == ["0", "5", "10", "15", "0"]
     assert printed.count("step     0 | sample: Hello, I'm a language model,") == 2
     assert printed.count("step     0 | sample: ") == 4
-    assert "log/tiny-001 | 36,224 parameters | cpu | torch.float32 | starting at step 0" in lines
+    assert "log/tiny-001 | 36,224 parameters | cpu | torch.float32 | from step 0" in lines
     assert f"step     5 | loss {values('log/tiny-001')[5]:.4f} |" in printed
 
 
@@ -497,7 +498,7 @@ def test_a_run_survives_checkpoints_that_cannot_be_written(tiny, reference, monk
 
     def save_and_wait(writer, *args):  # or the next line might be printed before the failure
         save(writer, *args)
-        writer.wait()
+        wait(writer.pending)
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, f: full_disk({"step": 8}, f))
     monkeypatch.setattr(train_gpt2, "draw_curve", DRAW_CURVE)
@@ -568,7 +569,7 @@ def test_a_damaged_checkpoint_is_skipped(tiny, reference, unfinished, capsys, da
     train_gpt2.train(replace(tiny, out_dir="run", resume="auto"))
     printed = capsys.readouterr()
     assert "cannot read run/step_000012.pt" in printed.err
-    assert "starting at step 8" in printed.out
+    assert "from step 8" in printed.out
     assert_same_run("run", reference)
 
 
@@ -602,6 +603,17 @@ def test_resume_auto_continues_the_newest_unfinished_run(tiny):
     assert_same_run("log/tiny-001", "log/tiny-002")
     train_gpt2.train(replace(config, resume="auto"))  # all are finished: a new run
     assert_same_run("log/tiny-001", "log/tiny-003")
+
+
+def test_a_finished_run_can_be_extended(tiny, run_of):
+    changes = {"max_steps": 12, "cooldown": 1e-9, "val_interval": 4}  # a constant learning rate
+    config = changed(tiny, **changes)
+    train_gpt2.train(replace(config, max_steps=8))
+    assert Path("log/tiny-001/hf").is_dir()
+    train_and_stop(replace(config, resume="log/tiny-001", resume_anyway=True), 2)
+    assert not Path("log/tiny-001/hf").exists()  # unfinished again
+    train_gpt2.train(replace(config, resume="auto"))
+    assert_same_run("log/tiny-001", run_of(**changes))
 
 
 @pytest.mark.parametrize(
