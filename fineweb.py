@@ -271,7 +271,7 @@ def open_shards(folder: str | Path, split: str, vocab_size: int, verify=False) -
             raise SystemExit(f"{path} has tokens that are not below vocab_size {vocab_size}")
         shards.append(tokens)
     if not shards:
-        raise SystemExit(f"no {split} shards in {folder}: `python fineweb.py --out {folder}`")
+        raise SystemExit(f"no {split} shards in {folder}: fineweb.py --out {folder} writes them")
     return shards
 
 

@@ -59,7 +59,8 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run: the network, and how it is trained. The defaults reproduce GPT-2 124M."""
+    """A run: the network, and how it is trained. The defaults reproduce GPT-2 124M. Presets: gpt2,
+    gpt2-medium, gpt2-large, gpt2-xl, gpt2-fast, finetune, shakespeare_char, demo."""
 
     gpt: GPTConfig = GPTConfig()
     data_dir: str = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
@@ -405,13 +406,12 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
                 X = p.grad.lerp(momentum, 0.95)  # Nesterov momentum
                 X = (X / (X.norm() + 1e-7)).to(torch.bfloat16 if X.is_cuda else torch.float32)
-                is_tall = X.size(0) > X.size(1)
-                X = X.T if is_tall else X  # X @ X.T is then the smaller of the two
+                X = X.T if p.size(0) > p.size(1) else X  # X @ X.T is then smaller than X.T @ X
                 for _ in range(5):  # Newton-Schulz iteration: the singular values approach 1
                     A = X @ X.T
                     B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)
                     X = torch.addmm(X, B, X, beta=3.4445)
-                X = X.T if is_tall else X
+                X = X.T if p.size(0) > p.size(1) else X
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(X, alpha=group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
 

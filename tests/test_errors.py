@@ -122,6 +122,7 @@ def test_the_command_line():
     for name, preset in train_gpt2.PRESETS.items():
         parsed = asdict(train_gpt2.parse_args([name]))
         assert parsed == asdict(preset) | {"name": name}
+        assert f" {name}" in Config.__doc__.replace("\n", " ")  # --help shows it
 
 
 # ---- hyperparameters -----------------------------------------------------------------------------

@@ -599,7 +599,7 @@ def test_bin_files_and_files_without_manifest():
 def test_no_shards_and_another_vocabulary(folder):
     for path in ("nothing", "."):
         message = error_of(fineweb.open_shards, path, "train", 257)
-        assert "python fineweb.py" in message and path in message
+        assert "fineweb.py" in message and path in message
     message = error_of(fineweb.open_shards, folder, "train", 50257)
     assert "257" in message and "50257" in message
 
