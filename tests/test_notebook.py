@@ -42,9 +42,12 @@ for axes in plt.gcf().axes:
     print([(line.get_label(), float(line.get_ydata()[0])) for line in axes.lines[-3:]])
 """
 CACHE_GPT2 = """
+import transformers
+
 cache = Path("hub/hub/models--openai-community--gpt2")
-gpt = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
-GPT(gpt).save_pretrained(cache / "snapshots" / ("0" * 40))
+gpt2_config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64)
+model = transformers.GPT2LMHeadModel(gpt2_config)
+model.save_pretrained(cache / "snapshots" / ("0" * 40))
 (cache / "refs").mkdir(exist_ok=True)
 (cache / "refs/main").write_text("0" * 40)
 """
