@@ -301,8 +301,8 @@ def main(config: Config) -> None:
     if config.shard_size < 1 or min(config.val_tokens, config.workers) < 0:
         raise SystemExit("--shard_size is less than 1, or another number is negative")
 
-    enc = get_encoding(encoding if config.encoding == "auto" else config.encoding)
     files = standard_library() if dataset == "stdlib" else find_files(config.files)
+    enc = get_encoding(encoding if config.encoding == "auto" else config.encoding)
     sizes = [os.path.getsize(file) for file in files]
     val_tokens = config.val_tokens or n_val or config.shard_size
     if config.files and not config.val_tokens:  # a token has about four bytes: a tenth or less

@@ -25,6 +25,7 @@ import fineweb
 ROOT = Path(fineweb.__file__).resolve().parent
 # several bytes per character, a carriage return, and an end-of-text that is ordinary text
 DOCUMENTS = ["Hello, world\n", "größer\r\n", "🙂" * 50, "a <|endoftext|> b", " ", "x" * 1000]
+TOKENIZE = fineweb.tokenize
 MANY = [f"Document {i}: " + "some words, " * (i % 37) for i in range(700)]
 
 
@@ -410,17 +411,15 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-def test_signals_and_dead_workers():
-    """A killed command, a terminated one, and one whose worker is killed: the same command resumes
-    each, the files are those of an uninterrupted one, and no worker outlives the main process."""
+def test_signals():
+    """The same command resumes one that is killed, terminated or interrupted, the files are those
+    of an uninterrupted one, and no worker outlives the main process."""
     write_jsonl("a.jsonl", MANY * 40)
     settings = ["--encoding", "bytes", "--shard_size", 50_000, "--workers", 2]
     shard("a.jsonl", "whole/same", shard_size=50_000)
     n_shards = len(list(Path("whole/same").glob("*.npy")))
-    # first the worker, before it returns tokens: ProcessPoolExecutor cannot notice that a worker is
-    # killed while it writes to the pipe
-    statuses = {"worker": 1, signal.SIGKILL: -9, signal.SIGTERM: -15, signal.SIGINT: 1}
-    for n, (action, status) in enumerate(statuses.items()):
+    statuses = {signal.SIGKILL: -9, signal.SIGTERM: -15, signal.SIGINT: 1}
+    for n, (signum, status) in enumerate(statuses.items(), 1):
         process, workers = start("a.jsonl", "--out", "pieces/same", *settings), []
         while len(workers) < 2 or len(list(Path("pieces/same").glob("*.npy"))) < n * n_shards // 6:
             assert process.poll() is None
@@ -429,17 +428,11 @@ def test_signals_and_dead_workers():
             # one child is Python's resource tracker
             names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
             workers = [pid for pid, name in names.items() if "spawn_main" in name]
-        if action == "worker":
-            os.kill(workers[0], signal.SIGKILL)
-        else:
-            process.send_signal(action)
+        process.send_signal(signum)
         stderr = process.communicate(timeout=60)[1]
         assert process.returncode == status and len(workers) == 2
-        assert ("the same command resumes" in stderr) == (action in ("worker", signal.SIGINT))
-        if action == "worker":  # the other one, which is starting, may print a traceback
-            assert "the same command resumes (BrokenProcessPool" in stderr
-        else:
-            assert "Traceback" not in stderr
+        assert ("the same command resumes" in stderr) == (signum == signal.SIGINT)
+        assert "Traceback" not in stderr
         deadline = time.time() + 10
         while any(map(is_running, children)):
             assert time.time() < deadline, "a worker outlives the main process"
@@ -447,6 +440,25 @@ def test_signals_and_dead_workers():
         assert "not finished" in error_of(fineweb.open_shards, "pieces/same", "train", 257)
     process = start("a.jsonl", "--out", "pieces/same", *settings)
     assert "Traceback" not in process.communicate(timeout=60)[1] and process.returncode == 0
+    assert files_of("whole/same") == files_of("pieces/same")
+
+
+def tokenize_or_die(texts, encoding):
+    if any("Document 500:" in text for text in texts):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return TOKENIZE(texts, encoding)
+
+
+def test_a_killed_worker(monkeypatch):
+    write_jsonl("a.jsonl", MANY)
+    settings = {"shard_size": 10_000, "val_tokens": 100, "workers": 2}
+    shard("a.jsonl", "whole/same", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "tokenize", tokenize_or_die)
+        message = error_of(shard, "a.jsonl", "pieces/same", **settings)
+    assert "the same command resumes (BrokenProcessPool" in message
+    assert "not finished" in error_of(fineweb.open_shards, "pieces/same", "train", 257)
+    shard("a.jsonl", "pieces/same", **settings)
     assert files_of("whole/same") == files_of("pieces/same")
 
 
@@ -521,8 +533,7 @@ def test_a_finished_folder_and_other_settings_or_data(monkeypatch):
     manifest, before = shard("a.jsonl", val_tokens=5), files_of("out")
     monkeypatch.setattr(fineweb, "load_documents", lambda *_: pytest.fail("it is read again"))
     assert shard("a.jsonl", val_tokens=5) == manifest and files_of("out") == before
-    others = [{"val_tokens": 6}, {"shard_size": 50}, {"text_column": "id"}, {"encoding": "gpt2"}]
-    for settings in others:
+    for settings in ({"val_tokens": 6}, {"shard_size": 50}, {"text_column": "id"}):
         message = error_of(shard, "a.jsonl", **{"val_tokens": 5} | settings)
         assert "other settings" in message and "--out" in message
     write_jsonl("a.jsonl", [*DOCUMENTS, "more"])
