@@ -117,10 +117,10 @@ EXPERIMENT = "data total_batch_size max_steps lr min_lr warmup_steps cooldown mu
 EXPERIMENT += "weight_decay beta1 beta2 grad_clip dropout shuffle seed".split()
 
 # bytes as tokens; too small for torch.compile to save time on a CPU
-DEMO = Config(GPTConfig(block_size=192, vocab_size=257, n_layer=2, n_head=4, n_embd=128))
+DEMO = Config(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96))
 DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.jsonl")
-DEMO = replace(DEMO, total_batch_size=12 * 192, micro_batch_size=12, max_steps=600, compile=False)
-DEMO = replace(DEMO, optimizer="muon", lr=1.6e-2, muon_lr=0.03, warmup_steps=20, cooldown=0.8)
+DEMO = replace(DEMO, total_batch_size=24 * 128, micro_batch_size=24, max_steps=750, compile=False)
+DEMO = replace(DEMO, optimizer="muon", lr=1.6e-2, muon_lr=0.03, warmup_steps=20, cooldown=0.9)
 DEMO = replace(DEMO, log_interval=25, val_tokens=20_000, sample_prompt="def ", temperature=0.7)
 FINETUNE = Config(init_from="gpt2", data_dir="my_data", total_batch_size=2**15, max_steps=200)
 FINETUNE = replace(FINETUNE, lr=3e-5, min_lr=3e-6, warmup_steps=20)
@@ -656,7 +656,7 @@ def draw_curve(log_dir: Path, config: Config):
     """Draw log.txt as curve.png: losses on the left, accuracy on HellaSwag on the right."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4))
     left, right = figure.subplots(1, 2)
     streams = read_log(log_dir)
     left.plot(*streams["train"], linewidth=0.7, label="training loss")
