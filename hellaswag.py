@@ -33,6 +33,7 @@ from typing import Literal, NamedTuple
 import tiktoken
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -91,9 +92,8 @@ def iterate_examples(path: str | Path = PATH) -> Iterator[dict]:
 
 
 def make_examples(documents: list[str], count: int, context_chars=112, ending_chars=15, seed=0):
-    """Returns `count` examples from held-out code: which indented line follows the context? The
-    wrong endings follow other contexts. Only ASCII documents are used, so that an example has
-    112 + 1 + 15 = 128 bytes. Exits with a one-line message if there are too few passages."""
+    """Returns `count` examples from held-out code: which of four indented lines is next?
+    An example has 112 + 1 + 15 = 128 bytes of ASCII. Exits if there are too few passages."""
     # The space is the one that render_example() adds. A lookahead finds overlapping passages.
     passage = re.compile(rf"(?s)(?=(.{{{context_chars - 1}}}\n) (.{{{ending_chars}}}))")
     matches = [match for text in documents if text.isascii() for match in passage.findall(text)]
@@ -179,6 +179,8 @@ class Counts(NamedTuple):
         return f"{scores} on {n:,} examples"
 
 
+# not cuDNN's attention, the default on an H100: it builds a plan for each new length of the rows
+@sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 def get_sum_loss(model, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sums the cross-entropy of each row's masked tokens: (R, N), (R, N) to (R,) float64."""
     shift_tokens, shift_mask = tokens[:, 1:], mask[:, 1:] == 1  # (R, N-1)
@@ -196,8 +198,7 @@ def evaluate(
     model, examples: list[RenderedExample], rank=0, world_size=1, batch_size=16, progress=False
 ) -> Counts:
     """Counts the correct choices of an uncompiled GPT on this rank's share of the examples. A batch
-    has 4 * batch_size rows. If losses are equal, the first ending is chosen. The caller may wrap
-    this in autocast. Restores the model's training mode."""
+    has 4 * batch_size rows. If losses are equal, the first ending is chosen."""
     examples = examples[rank::world_size]
     device, was_training = model.lm_head.weight.device, model.training
     num_correct = num_correct_norm = 0

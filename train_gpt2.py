@@ -13,7 +13,6 @@ Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
 """
 
-import copy
 import functools
 import json
 import math
@@ -39,6 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils._pytree import tree_map_only
 
 import fineweb
 import hellaswag
@@ -161,9 +161,8 @@ def check_config(config: Config, ddp_world_size: int = 1):
         raise SystemExit(f"--n_embd {gpt.n_embd} must be divisible by --n_head {gpt.n_head}")
     n_sequences, rest = divmod(config.total_batch_size, T * ddp_world_size)
     if rest or (B != "auto" and n_sequences % B):
-        total = f"--total_batch_size {config.total_batch_size}"
-        batch = f"--micro_batch_size {B} x --block_size {T} x {ddp_world_size} ranks"
-        raise SystemExit(f"{total} must be divisible by {batch}")
+        unit = f"--micro_batch_size {B} x --block_size {T} x {ddp_world_size} ranks"
+        raise SystemExit(f"--total_batch_size {config.total_batch_size} is not divisible by {unit}")
 
 
 # ---- 2. model ----------------------------------------------------------------------------------
@@ -189,8 +188,7 @@ class CausalSelfAttention(nn.Module):
             past_k, past_v = cache.get(self, (k[:, :, :0], v[:, :, :0]))
             k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
             cache[self] = (k, v)
-        # flash attention: the (T, T) matrix is never written to memory (Dao et al. 2022);
-        # a single query is the newest token, which attends to all keys
+        # flash attention never writes the (T, T) matrix (Dao et al. 2022); a single query sees all
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
         y = y.transpose(1, 2).contiguous().view(B, T, C)  # concatenate the heads
@@ -379,7 +377,6 @@ class GPT(nn.Module):
         no_decay = {"params": [p for p in adamw_params if p.dim() < 2], "lr_scale": 1.0}
         groups = [decay | {"weight_decay": config.weight_decay}, no_decay | {"weight_decay": 0.0}]
         betas = (config.beta1, config.beta2)
-        # fused: one kernel updates all parameters
         optimizers = [torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=1e-8, fused=True)]
         if muon_params:
             group = {"params": muon_params, "lr_scale": config.muon_lr / config.lr}
@@ -399,21 +396,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p not in self.state:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
-                X = p.grad.lerp(momentum, 0.95)  # Nesterov momentum
-                X = (X / (X.norm() + 1e-7)).to(torch.bfloat16 if X.is_cuda else torch.float32)
-                X = X.T if p.size(0) > p.size(1) else X  # X @ X.T is then smaller than X.T @ X
-                for _ in range(5):  # Newton-Schulz iteration: the singular values approach 1
-                    A = X @ X.T
-                    B = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)
-                    X = torch.addmm(X, B, X, beta=3.4445)
-                X = X.T if p.size(0) > p.size(1) else X
+        group = self.param_groups[0]
+        for n, m in dict.fromkeys(p.shape for p in group["params"]):
+            params = [p for p in group["params"] if p.shape == (n, m)]  # updated in one batch
+            grads = torch.stack([p.grad for p in params])  # (L, n, m)
+            momentum = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
+            momentum.lerp_(grads, 0.05)
+            X = grads.lerp_(momentum, 0.95)  # Nesterov momentum
+            X /= X.norm(dim=(1, 2), keepdim=True) + 1e-7
+            X = X.to(torch.bfloat16 if X.is_cuda else torch.float32)
+            X = X.mT if n > m else X  # X @ X.mT is then smaller than X.mT @ X
+            for _ in range(5):  # Newton-Schulz iteration: the singular values approach 1
+                A = X @ X.mT
+                B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+                X = torch.baddbmm(X, B, X, beta=3.4445)
+            for p, update in zip(params, X.mT if n > m else X, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.sub_(X, alpha=group["lr"] * max(1.0, p.size(0) / p.size(1)) ** 0.5)
+                p.sub_(update, alpha=group["lr"] * max(1.0, n / m) ** 0.5)
 
 
 def sample_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
@@ -456,9 +455,8 @@ class DataLoaderLite:
     not depend on the number of ranks or on the micro-batch size B."""
 
     def __init__(self, config: Config, split: str, B: int, ddp_rank: int, ddp_world_size: int):
-        self.B, self.T = B, config.gpt.block_size
+        self.B, self.T, self.config = B, config.gpt.block_size, config
         self.ddp_rank, self.ddp_world_size = ddp_rank, ddp_world_size
-        self.shuffle, self.seed = config.shuffle, config.seed
         self.sequences_per_step = config.total_batch_size // self.T
         self.shards = fineweb.open_shards(config.data_dir, split, config.gpt.vocab_size)
         # a sequence is T + 1 tokens of one shard; its last token is the first of the next sequence
@@ -477,7 +475,7 @@ class DataLoaderLite:
         tokens = torch.from_numpy(np.stack(rows).astype(np.int64))  # (B, T + 1)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         # a copy from pinned memory to the GPU does not block the CPU
-        return (x.pin_memory(), y.pin_memory()) if torch.cuda.is_available() else (x, y)
+        return (x.pin_memory(), y.pin_memory()) if torch.cuda.is_initialized() else (x, y)
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's batch x, y, both (B, T) int64, of a micro-step."""
@@ -485,8 +483,8 @@ class DataLoaderLite:
         indices = []
         for n in range(first, first + self.B):
             epoch, i = divmod(step * self.sequences_per_step + n, self.n_sequences)
-            if self.shuffle:
-                i = int(epoch_order(self.n_sequences, self.seed, epoch)[i])
+            if self.config.shuffle:
+                i = int(epoch_order(self.n_sequences, self.config.seed, epoch)[i])
             indices.append(i)
         return self.sequences(indices)
 
@@ -500,8 +498,7 @@ def prepare_demo_data(config: Config):
     shards = fineweb.open_shards(config.data_dir, "val", config.gpt.vocab_size)
     text = fineweb.get_encoding("bytes").decode(np.concatenate(shards).tolist())
     examples = hellaswag.make_examples(text.split("<|endoftext|>"), 200)
-    lines = [json.dumps(example) + "\n" for example in examples]
-    fineweb.write_file(Path(config.hellaswag_file), "".join(lines).encode())
+    fineweb.write_file(Path(config.hellaswag_file), "\n".join(map(json.dumps, examples)).encode())
 
 
 def get_encoding_for(vocab_size: int):
@@ -528,21 +525,22 @@ def get_lr(step: int, config: Config) -> float:
 
 # ---- 5. evaluation -------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate_loss(model, raw_model: GPT, val_loader: DataLoaderLite, n_tokens: int, device: str):
+def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str):
     """Mean cross-entropy in nats per token, next-token accuracy, and number of tokens, for the
     first n_tokens of the validation split. The ranks split the sequences."""
     n_sequences = max(1, min(n_tokens // val_loader.T, val_loader.n_sequences))
     indices = range(val_loader.ddp_rank, n_sequences, val_loader.ddp_world_size)
     loss_sum = num_correct = 0.0
-    raw_model.eval()
+    model.eval()
     for i in range(0, len(indices), val_loader.B):
-        x, y = val_loader.sequences(indices[i : i + val_loader.B])
+        rows = list(indices[i : i + val_loader.B])
+        x, y = val_loader.sequences(rows + [0] * (val_loader.B - len(rows)))
+        y[len(rows) :] = -100  # no loss for the rows that only fill up the last batch
         x, y = x.to(device), y.to(device)
-        # a smaller last batch would be compiled again
-        logits, loss = model(x, y) if len(x) == val_loader.B else raw_model(x, y)
-        loss_sum += loss.item() * y.numel()
+        logits, loss = model(x, y)
+        loss_sum += loss.item() * len(rows) * val_loader.T
         num_correct += (logits.argmax(dim=-1) == y).sum().item()
-    raw_model.train()
+    model.train()
     loss_sum, num_correct = sum_over_ranks(loss_sum, num_correct, device=device)
     n_tokens = n_sequences * val_loader.T
     return loss_sum / n_tokens, num_correct / n_tokens, n_tokens
@@ -568,9 +566,8 @@ def load_checkpoint(path: Path) -> dict | None:
     paths = sorted(path.glob("step_*.pt")) if path.is_dir() else [path]
     for path in reversed(paths):
         try:
-            with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
-                if archive.testzip():
-                    raise ValueError("wrong checksum")
+            if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+                raise ValueError("wrong checksum")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
             if not {"model", "gpt", "config", "optimizers", "step", "data"} <= set(checkpoint):
                 raise ValueError("not a checkpoint of this script")
@@ -590,13 +587,16 @@ class CheckpointWriter:
         self.thread, self.pending, self.failure = ThreadPoolExecutor(max_workers=1), [], ""
 
     def save(self, step: int, model: GPT, optimizers, scaler):
-        """Copy the state of the run, and write the copy in the background."""
+        """Copy the state of the run to the CPU, and write the copy in the background."""
         wait(self.pending)
-        checkpoint = {"step": step, "data": self.data, "config": flatten(self.config)}
-        checkpoint |= {"gpt": asdict(model.config), "model": model.state_dict()}
+        checkpoint = {"step": step, "data": self.data, "scaler": scaler.state_dict()}
+        checkpoint |= {"config": flatten(self.config), "gpt": asdict(model.config)}
         checkpoint |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-        checkpoint |= {"scaler": scaler.state_dict()}
-        self.pending = [self.thread.submit(self.write, copy.deepcopy(checkpoint))]
+        checkpoint |= {"model": model.state_dict()}
+        checkpoint = tree_map_only(torch.Tensor, lambda t: t.to("cpu", copy=True), checkpoint)
+        weights = checkpoint["model"]  # write the tied matrix once
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        self.pending = [self.thread.submit(self.write, checkpoint)]
 
     def write(self, checkpoint: dict):
         tmp = self.log_dir / "checkpoint.tmp"
@@ -714,8 +714,8 @@ def start_run(log_dir: Path, config: Config, n_params: int) -> FileLock:
     return lock
 
 
-def check_resume(config: Config, checkpoint: dict, data: str):
-    """Print the changed hyperparameters, and exit if they make the run another experiment."""
+def check_resume(config: Config, checkpoint: dict, data: str) -> int:
+    """The step to resume from. Exits if changed hyperparameters make the run another experiment."""
     old = checkpoint["config"] | {"data": checkpoint["data"]}
     new = flatten(config) | {"data": data}
     changed = [name for name in FIXED + EXPERIMENT if old[name] != new[name]]
@@ -727,6 +727,7 @@ def check_resume(config: Config, checkpoint: dict, data: str):
         raise SystemExit("not the same experiment: give the old values, or --resume_anyway")
     if checkpoint["step"] > config.max_steps:
         raise SystemExit(f"the run has done {checkpoint['step']} steps, more than --max_steps")
+    return checkpoint["step"]
 
 
 class StopSignal:
@@ -747,17 +748,18 @@ class StopSignal:
 
 
 # ---- 7. devices and DDP --------------------------------------------------------------------------
-
-# dense bfloat16 TFLOP/s (V100, T4: float16) from the data sheets
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
-PEAK_TFLOPS |= {"A10": 125, "4090": 165, "3090": 71, "V100": 125, "T4": 65}
+# dense bfloat16 TFLOP/s (V100, T4: float16) from the data sheets; the first match counts
+PEAK_TFLOPS = {"MIG": math.nan, "B200": 2250, "H200 NVL": 835, "H200": 989, "GH200": 989}
+PEAK_TFLOPS |= {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A40": 150, "A30": 165}
+PEAK_TFLOPS |= {"A10G": 70, "A10": 125, "A6000": 155, "L40S": 362, "L40": 181, "L4": 121, "T4": 65}
+PEAK_TFLOPS |= {"V100 PCIE": 112, "V100": 125, "5090": 209, "4090": 165, "3090": 71}
 
 
 def peak_flops(device: str) -> float:
     """The peak FLOP/s of a GPU; nan for a CPU and for GPUs that are not in the table."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    words = re.split(r"[\s-]+", name)  # "NVIDIA A100-SXM4-80GB"
-    return next((PEAK_TFLOPS[word] * 1e12 for word in words if word in PEAK_TFLOPS), math.nan)
+    words = set(re.split(r"[\s-]+", name))  # "NVIDIA A100-SXM4-80GB"
+    return 1e12 * next((p for k, p in PEAK_TFLOPS.items() if words >= set(k.split())), math.nan)
 
 
 def get_device(name: str) -> str:
@@ -775,7 +777,6 @@ def get_autocast(name: str, device: str) -> tuple[torch.dtype, torch.autocast]:
     """The dtype of matmuls and its context manager. auto: float32; on CUDA bfloat16 or float16."""
     dtype = torch.float32 if name == "auto" else getattr(torch, name)
     if name == "auto" and device.startswith("cuda"):
-        # GPUs before Ampere only emulate bfloat16, slowly
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = torch.bfloat16 if has_bfloat16 else torch.float16
     return dtype, torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32)
@@ -790,23 +791,28 @@ def sum_over_ranks(*values: float, device: str) -> list[float]:
     return totals.tolist()
 
 
-def find_micro_batch_size(config: Config, model: GPT, ddp_world_size: int, device: str, autocast):
+def find_micro_batch_size(config: Config, model, ddp_world_size: int, device: str, autocast):
     """B, the number of sequences per forward pass. auto: on a GPU the largest power of two that
     divides the sequences of a rank and fits into memory, else at most 4."""
-    T = config.gpt.block_size
+    gpt, T = config.gpt, config.gpt.block_size
     if config.micro_batch_size != "auto":
         return config.micro_batch_size
     B = math.gcd(config.total_batch_size // (T * ddp_world_size), 2**20)
     if not device.startswith("cuda"):
         return min(B, 4)
-    # AdamW's two moments, DDP's buckets, and as much again to spare
-    reserved = [torch.empty_like(p) for p in model.parameters() for _ in range(4)]
+    # AdamW's two moments, and as much as the weights to spare
+    reserved = [torch.empty_like(p) for p in model.parameters() for _ in range(3)]
+    # bytes of logits, their gradient, and at least 10 activations per block; saves compilations
+    needed = 2 * T * (2 * gpt.vocab_size + 10 * gpt.n_layer * gpt.n_embd)
+    free, _ = torch.cuda.mem_get_info(device)
     while B > 1:
         idx, loss, failed = reserved[0].new_zeros(B, T, dtype=torch.int64), None, False
         try:
+            if B * needed > free:
+                raise torch.OutOfMemoryError
             with autocast:
                 loss = model(idx, idx)[1]
-            loss.backward()  # needs more memory than the compiled model
+            loss.backward()
         except torch.OutOfMemoryError:
             failed = True
         model.zero_grad(set_to_none=True)
@@ -836,8 +842,9 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     if ddp:
-        backend = "nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+        # device_id: connect the GPUs now, not in the first step
+        backend, gpu = ("nccl", torch.device(device)) if device_type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout), device_id=gpu)
     stop_signal = stop_signal or StopSignal()
     log_dir = choose_log_dir(config)
     if master_process and config.data_dir == "demo_data":
@@ -860,38 +867,41 @@ def train(config: Config, stop_signal: StopSignal | None = None):
     raw_model.to(device)
     n_params = sum(p.numel() for p in raw_model.parameters())
     dtype, autocast = get_autocast(config.dtype, device)
+    data = fineweb.fingerprint(config.data_dir)
+    first_step = check_resume(config, checkpoint, data) if checkpoint else 0
+    if ddp:  # the disks of several machines may have different files
+        states = [None] * ddp_world_size
+        dist.all_gather_object(states, (first_step, data))
+        if len(set(states)) > 1:
+            raise SystemExit(f"copy {log_dir} and the shards to all machines: {set(states)} differ")
+
+    # model is compiled and wrapped in DDP; raw_model is for all that has other shapes
+    model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
+    if ddp:
+        device_ids = [ddp_local_rank] if device_type == "cuda" else None
+        model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)  # saves memory
+        model.require_backward_grad_sync = False  # True on the last micro-step of each step
 
     # data
-    B = find_micro_batch_size(config, raw_model, ddp_world_size, device, autocast)
+    B = find_micro_batch_size(config, model, ddp_world_size, device, autocast)
     grad_accum_steps = config.total_batch_size // (B * T * ddp_world_size)
     train_loader = DataLoaderLite(config, "train", B, ddp_rank, ddp_world_size)
-    data = fineweb.fingerprint(config.data_dir)
     if config.val_interval:
         val_loader = DataLoaderLite(config, "val", B, ddp_rank, ddp_world_size)
     enc = get_encoding_for(config.gpt.vocab_size)
     if config.hellaswag_interval:
-        examples = hellaswag.iterate_examples(config.hellaswag_file)
-        examples = hellaswag.prepare(examples, enc, T)
+        examples = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T)
 
     # optimizers
     optimizers = raw_model.configure_optimizers(config)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
-    first_step = 0
     if checkpoint:
-        check_resume(config, checkpoint, data)
-        first_step = checkpoint["step"]
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             # the moments are the checkpoint's, the hyperparameters those of this command
             state["param_groups"] = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict(state)
         scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # {}: no float16
         del checkpoint
-
-    # model is compiled and wrapped in DDP; raw_model is for all that has other shapes
-    model = torch.compile(raw_model) if config.compile else raw_model
-    if ddp:
-        device_ids = [ddp_local_rank] if device_type == "cuda" else None
-        model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)  # saves memory
     if master_process:
         lock = start_run(log_dir, config, n_params)
         log = RunLog(log_dir, config, first_step)
@@ -901,37 +911,33 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
         print(f"{config.total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
 
-    flops_per_step = raw_model.flops_per_token(T) * config.total_batch_size
-    start, bad_steps = time.time(), 0
+    flops_per_token = raw_model.flops_per_token(T)
+    start, bad_steps, stopping = time.time(), 0, False
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
 
         # save before evaluating: a run that is resumed from here repeats this step's evaluations
-        stopping = any(sum_over_ranks(stop_signal.signum, device=device))
         save = stopping or is_due(config.checkpoint_interval, step, last_step)
         if master_process and save and step > first_step and not bad_steps:
             writer.save(step, raw_model, optimizers, scaler)
         if stopping:
             break
-        if is_due(config.val_interval, step, last_step):
-            with autocast:
-                val_loss = evaluate_loss(model, raw_model, val_loader, config.val_tokens, device)[0]
-            if master_process:
-                print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
-                log.write(step, "val", val_loss)
-        if is_due(config.hellaswag_interval, step, last_step):
-            with autocast:
+        with autocast:
+            if is_due(config.val_interval, step, last_step):
+                val_loss = evaluate_loss(model, val_loader, config.val_tokens, device)[0]
+                if master_process:
+                    print(f"step {step:5d} | val {val_loss:.4f}", flush=True)
+                    log.write(step, "val", val_loss)
+                    draw_curve(log_dir, config)
+            if is_due(config.hellaswag_interval, step, last_step):
                 counts = hellaswag.evaluate(raw_model, examples, ddp_rank, ddp_world_size)
-            _, num_correct_norm, num_total = sum_over_ranks(*counts, device=device)
-            if master_process:
-                print(f"step {step:5d} | hella {num_correct_norm / num_total:.4f}", flush=True)
-                log.write(step, "hella", num_correct_norm / num_total)
-        if is_due(config.sample_interval, step, last_step) and master_process:
-            with autocast:
+                _, num_correct_norm, num_total = sum_over_ranks(*counts, device=device)
+                if master_process:
+                    print(f"step {step:5d} | hella {num_correct_norm / num_total:.4f}", flush=True)
+                    log.write(step, "hella", num_correct_norm / num_total)
+            if is_due(config.sample_interval, step, last_step) and master_process:
                 for text in sample_texts(raw_model, enc, config.sample_prompt, config):
                     print(f"step {step:5d} | sample: {text}", flush=True)
-        if is_due(config.val_interval, step, last_step) and master_process:
-            draw_curve(log_dir, config)
         if last_step:
             break
 
@@ -951,16 +957,18 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             loss = loss / grad_accum_steps  # the gradients are added up: divide, for their mean
             loss_accum += loss.detach()
             scaler.scale(loss).backward()
+        signum = torch.full_like(loss_accum, stop_signal.signum)
+        sums = torch.stack((loss_accum / ddp_world_size, signum))
         if ddp:
-            dist.all_reduce(loss_accum)
-            loss_accum /= ddp_world_size
+            dist.all_reduce(sums)
         lr = get_lr(step, config)
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        loss_accum, norm = torch.stack((loss_accum, norm)).tolist()
+        # the step waits for the GPU here only; the update overlaps with reading the next batch
+        loss_accum, stopping, norm = torch.stack((*sums, norm)).tolist()  # stopping: any signum
         # skip a non-finite update, which would make all weights non-finite
         bad_steps = 0 if math.isfinite(loss_accum + norm) else bad_steps + 1
         if not bad_steps:
@@ -968,20 +976,17 @@ def train(config: Config, stop_signal: StopSignal | None = None):
                 scaler.step(optimizer)
         scaler.update()
         raw_model.zero_grad(set_to_none=True)
-        if device_type == "cuda":
-            torch.cuda.synchronize()  # wait for the GPU to finish the step
         dt = time.time() - t0  # in seconds
 
         if master_process:
             log.write(step, "train", loss_accum)
             tokens_per_sec = config.total_batch_size / dt
-            mfu = flops_per_step / dt / (peak_flops(device) * ddp_world_size)
-            seconds_per_step = (time.time() - start) / (step + 1 - first_step)
-            seconds = seconds_per_step * (config.max_steps - step - 1)  # to the end of the run
+            mfu = flops_per_token * tokens_per_sec / (peak_flops(device) * ddp_world_size)
+            left = (time.time() - start) * (config.max_steps - step - 1) / (step + 1 - first_step)
             line = f"step {step:5d} | loss {loss_accum:.4f} | lr {lr:.2e} | norm {norm:.4f} | "
             line += f"dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f} | "
             line += f"mfu {mfu:.1%} | " if math.isfinite(mfu) else ""
-            line += f"left {seconds // 3600:.0f}h{seconds % 3600 // 60:02.0f}m"
+            line += f"left {left // 3600:.0f}h{left % 3600 // 60:02.0f}m"
             if bad_steps:
                 line += f" | not finite: update skipped, {bad_steps} in a row"
             if writer.failure:
@@ -989,8 +994,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             if step % config.log_interval == 0 or bad_steps:
                 print(line, flush=True)
         if bad_steps and bad_steps == config.max_bad_steps:
-            message = f"step {step}: {bad_steps} steps in a row were not finite"
-            raise SystemExit(f"{message}: --resume auto --resume_anyway with a lower --lr")
+            raise SystemExit(f"not finite {bad_steps} steps in a row: resume with a lower --lr")
 
     if master_process:
         wait(writer.pending)
@@ -1031,22 +1035,19 @@ def evaluate_only(config: Config):
     T = min(config.gpt.block_size, model.config.block_size)
     config = replace(config, gpt=replace(model.config, block_size=T))
     enc = get_encoding_for(config.gpt.vocab_size)
-    _, autocast = get_autocast(config.dtype, device)
-    with autocast:
+    with get_autocast(config.dtype, device)[1]:
         if config.val_interval:
             val_loader = DataLoaderLite(config, "val", B=8, ddp_rank=0, ddp_world_size=1)
-            loss, accuracy, n = evaluate_loss(model, model, val_loader, config.val_tokens, device)
+            loss, accuracy, n = evaluate_loss(model, val_loader, config.val_tokens, device)
             _, y = val_loader.sequences(range(n // T))
             n_bytes = len(enc.decode_bytes(y[y != enc.eot_token].tolist()))
             print(f"validation loss      {loss:.4f} nats per token, {n:,} tokens")
             print(f"perplexity           {math.exp(loss):.2f}")
             print(f"next-token accuracy  {accuracy:.4f}")
-            # unlike the loss per token, it does not depend on the vocabulary
             print(f"bits per byte        {loss * n / math.log(2) / n_bytes:.4f}")
         for way in ("lecture", "harness") if config.hellaswag_interval else ():
-            examples = hellaswag.iterate_examples(config.hellaswag_file)
-            examples = hellaswag.prepare(examples, enc, T, way)
-            print(f"HellaSwag, {way:9} {hellaswag.evaluate(model, examples)}")
+            rows = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T, way)
+            print(f"HellaSwag, {way:9} {hellaswag.evaluate(model, rows)}")
 
 
 # ---- 10. command line ----------------------------------------------------------------------------
@@ -1065,7 +1066,6 @@ def main(config: Config):
     """Train, or do what eval_only, export or prompt ask for."""
     tasks = [config.eval_only, config.export, config.prompt]
     if not any(tasks):
-        # clouds and job schedulers send SIGTERM before they take a machine away
         return train(config, StopSignal(signal.SIGINT, signal.SIGTERM))
     if sum(map(bool, tasks)) > 1:
         raise SystemExit("give only one of --eval_only, --export and --prompt")
@@ -1094,6 +1094,6 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         sys.exit("out of GPU memory: halve --micro_batch_size, which does not change the losses")
     except SystemExit as error:
-        if isinstance(error.code, str) and int(os.environ.get("RANK", 0)) > 0:
-            sys.exit(1)  # rank 0 prints the same message
+        if isinstance(error.code, str) and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+            sys.exit(1)  # the first rank of each machine prints the message
         raise

@@ -151,9 +151,9 @@ def test_a_number_out_of_range_is_named(name, value):
     [
         ({"lr": 0, "optimizer": "muon"}, "--lr 0"),
         ({"n_head": 3}, "--n_embd 16 must be divisible by --n_head 3"),
-        ({"total_batch_size": 100}, "--total_batch_size 100 must be divisible by"),
-        ({"total_batch_size": 8}, "--total_batch_size 8 must be divisible by"),
-        ({"micro_batch_size": 3}, "must be divisible by --micro_batch_size 3 x --block_size 16"),
+        ({"total_batch_size": 100}, "--total_batch_size 100 is not divisible by"),
+        ({"total_batch_size": 8}, "--total_batch_size 8 is not divisible by"),
+        ({"micro_batch_size": 3}, "is not divisible by --micro_batch_size 3 x --block_size 16"),
         ({"vocab_size": 300, "sample_interval": 1}, "--vocab_size 300 has no encoding"),
     ],
 )

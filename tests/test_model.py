@@ -527,10 +527,17 @@ def test_learning_rates_with_cooldown_and_without_warmup():
 # ---- devices -------------------------------------------------------------------------------------
 
 
-PEAK_TFLOPS = {"NVIDIA A10": 125, "NVIDIA A10G": math.nan, "NVIDIA A100-SXM4-80GB": 312}
-PEAK_TFLOPS |= {"NVIDIA L4": 121, "NVIDIA L40": math.nan, "NVIDIA L40S": 362}
-PEAK_TFLOPS |= {"NVIDIA H100 80GB HBM3": 989, "NVIDIA GeForce RTX 3090": 71}
-PEAK_TFLOPS |= {"Tesla V100-SXM2-16GB": 125, "Tesla T4": 65, "NVIDIA T400 4GB": math.nan}
+PEAK_TFLOPS = {"NVIDIA A10": 125, "NVIDIA A10G": 70, "NVIDIA A100-SXM4-80GB": 312}
+PEAK_TFLOPS |= {"NVIDIA L4": 121, "NVIDIA L40": 181, "NVIDIA L40S": 362, "NVIDIA A40": 150}
+PEAK_TFLOPS |= {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835}
+PEAK_TFLOPS |= {"NVIDIA H200": 989, "NVIDIA H200 NVL": 835, "NVIDIA GH200 480GB": 989}
+PEAK_TFLOPS |= {
+    "NVIDIA GeForce RTX 3090": 71,
+    "NVIDIA RTX A6000": 155,
+    "NVIDIA RTX A4000": math.nan,
+}
+PEAK_TFLOPS |= {"Tesla V100-SXM2-16GB": 125, "Tesla V100-PCIE-16GB": 112, "Tesla T4": 65}
+PEAK_TFLOPS |= {"NVIDIA T400 4GB": math.nan, "NVIDIA A100-SXM4-40GB MIG 3g.20gb": math.nan}
 
 
 @pytest.mark.parametrize("name", PEAK_TFLOPS)
@@ -583,10 +590,14 @@ class SmallMemory(GPT):
 
 
 @pytest.mark.parametrize(
-    "limit, n_sequences, tried",
-    [(5, 32, [32, 16, 8, 4]), (99, 32, [32]), (5, 24, [8, 4]), (0, 8, [8, 4, 2]), (9, 7, [])],
-)
-def test_micro_batch_size_is_halved_until_it_fits(limit, n_sequences, tried):
+    "limit, n_sequences, free, tried",
+    [
+        (5, 32, 1e9, [32, 16, 8, 4]), (99, 32, 1e9, [32]), (5, 24, 1e9, [8, 4]),
+        (0, 8, 1e9, [8, 4, 2]), (9, 7, 1e9, []), (5, 32, 123_200, [4]),  # 8 cannot fit
+    ],
+)  # fmt: skip
+def test_micro_batch_size_is_halved_until_it_fits(monkeypatch, limit, n_sequences, free, tried):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
     model = SmallMemory(SMALL)
     model.limit, model.tried = limit, []
     config = Config(gpt=SMALL, total_batch_size=2 * n_sequences * 16)  # two ranks
