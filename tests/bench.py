@@ -1,6 +1,7 @@
 """Benchmarks: each compares ways of doing the same work, in turns, in one run.
 
-    python tests/bench.py train [PRESET]     # a training step, beside transformers' GPT-2
+    python tests/bench.py train [PRESET] [FILES]   # a training step, beside transformers' GPT-2 and
+                                                   # nanoGPT's model.py, or files like it
     python tests/bench.py fineweb FILE       # tokenizing a parquet file, beside a plain loop
     python tests/bench.py hellaswag          # scored positions only, beside all logits
     python tests/bench.py sampling           # with and without the KV cache
@@ -12,6 +13,8 @@ The figures are medians over the rounds, with the lowest and the highest in brac
 """
 
 import argparse
+import importlib.util
+import math
 import os
 import re
 import statistics
@@ -21,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -64,10 +67,26 @@ def our_loss(model, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def transformers_loss(model, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+    return model(x, labels=x).loss  # it shifts the labels itself
 
 
-def training_step(model, get_loss, optimizers, B: int, gpt: GPTConfig, device: str) -> Callable:
+def transformers_gpt2(gpt: GPTConfig):
+    """transformers' GPT-2 with this network, without dropout."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        n_layer=gpt.n_layer, n_head=gpt.n_head, n_embd=gpt.n_embd, n_positions=gpt.block_size,
+        vocab_size=gpt.vocab_size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # the default, but without a warning
+    return model
+
+
+def training_step(
+    model, get_loss, optimizers, B: int, gpt: GPTConfig, device: str, grad_accum_steps: int = 1
+) -> Callable:
     """A function that trains on one random batch: forward, backward, clipping and update."""
     T, vocab_size = gpt.block_size, gpt.vocab_size
     tokens = torch.randint(vocab_size, (B, T + 1), device=device)
@@ -75,9 +94,10 @@ def training_step(model, get_loss, optimizers, B: int, gpt: GPTConfig, device: s
     _, autocast = get_autocast("auto", device)
 
     def step():
-        with autocast:
-            loss = get_loss(model, x, y)
-        loss.backward()
+        for _ in range(grad_accum_steps):
+            with autocast:
+                loss = get_loss(model, x, y) / grad_accum_steps
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -87,10 +107,19 @@ def training_step(model, get_loss, optimizers, B: int, gpt: GPTConfig, device: s
     return step
 
 
-def bench_train(preset: str = ""):
-    """Tokens per second of a training step: this script and transformers, compiled and not."""
-    import transformers
+def load_peer(path: str, gpt: GPTConfig):
+    """The model of another repository's file with `GPT` and `GPTConfig`, with this network. As in
+    those repositories, the vocabulary is padded to a multiple of 64."""
+    spec = importlib.util.spec_from_file_location("peer", path)
+    sys.modules["peer"] = peer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+    values = asdict(gpt) | {"vocab_size": math.ceil(gpt.vocab_size / 64) * 64, "bias": True}
+    names = {field.name for field in fields(peer.GPTConfig)}
+    return peer.GPT(peer.GPTConfig(**{name: values[name] for name in names & set(values)}))
 
+
+def bench_train(preset: str = "", *peers: str):
+    """Tokens per second of a training step: this script and others, compiled and not."""
     device = get_device("auto")
     preset = preset or ("gpt2" if device.startswith("cuda") else "demo")
     config = PRESETS[preset]
@@ -100,22 +129,16 @@ def bench_train(preset: str = ""):
     gpt = replace(config.gpt, block_size=T)
     ours = GPT(gpt).to(device)
     optimizers = ours.configure_optimizers(config)
-    theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_layer=gpt.n_layer, n_head=gpt.n_head, n_embd=gpt.n_embd, n_positions=T,
-            vocab_size=gpt.vocab_size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            bos_token_id=None, eos_token_id=None,
-        )
-    ).to(device)  # fmt: skip
-    adamw = [torch.optim.AdamW(theirs.parameters(), lr=6e-4, weight_decay=0.1)]
-    models = {
-        "this script, compiled": (torch.compile(ours), our_loss, optimizers),
-        "this script": (ours, our_loss, optimizers),
-        "transformers, compiled": (torch.compile(theirs), transformers_loss, adamw),
-        "transformers": (theirs, transformers_loss, adamw),
-    }
+    theirs = transformers_gpt2(gpt).to(device)
+    models = {"this script": (ours, our_loss, optimizers)}
+    others = {path: (load_peer(path, gpt).to(device), our_loss) for path in peers}
+    for name, (model, loss) in (others | {"transformers": (theirs, transformers_loss)}).items():
+        # fused on a GPU only, as in nanoGPT and build-nanogpt
+        adamw = torch.optim.AdamW(model.parameters(), 6e-4, fused=device.startswith("cuda"))
+        models[name] = (model, loss, [adamw])
+    compiled = {f"{k}, compiled": (torch.compile(m), *rest) for k, (m, *rest) in models.items()}
     ways = {}
-    for name, parts in models.items():
+    for name, parts in (compiled | models).items():
         step = training_step(*parts, B, gpt, device)
         for _ in range(3):  # compile and warm up
             t = seconds(step)
@@ -272,7 +295,7 @@ def main():
     benchmarks = {name[6:]: f for name, f in globals().items() if name.startswith("bench_")}
     parser.add_argument("benchmark", choices=benchmarks)
     parser.add_argument(
-        "argument", nargs="*", help="a preset for train, a parquet file for fineweb"
+        "argument", nargs="*", help="a preset and files for train, a parquet file for fineweb"
     )
     args = parser.parse_args()
     benchmarks[args.benchmark](*args.argument)
