@@ -195,16 +195,88 @@ def test_every_file_type_in_a_folder():
     lines = Path("in/b.jsonl").read_bytes()
     with gzip.open("in/c.jsonl.gz", "wb") as file:
         file.write(lines)
-    with pa.output_stream("in/deep/d.jsonl.zst", compression="zstd") as file:
-        file.write(lines)
+    write_compressed("in/deep/d.jsonl.zst", lines)
     Path("in/e.txt").write_bytes(b"one\r\ndocument\n\n")
     Path("in/notes.md").write_text("another type")
     # folders are sorted by path
     assert shard("in", "all", val_tokens=5)["documents"] == 25
-    assert documents_in("all") == [*DOCUMENTS * 4, "one\r\ndocument\n\n"]
+    assert documents_in("all") == [*DOCUMENTS * 4, "one\ndocument\n\n"]
     # files and folders in the order given
     shard(["in/e.txt", "in/b.jsonl", "in/deep", "in/a.parquet"], "some", val_tokens=5)
-    assert documents_in("some") == ["one\r\ndocument\n\n", *DOCUMENTS * 3]
+    assert documents_in("some") == ["one\ndocument\n\n", *DOCUMENTS * 3]
+
+
+TEN = [f"größer {i}\n🙂 2020-01-0{i}" for i in range(8)] + ["2020-01-01", "5"]
+ROWS = [{"id": i, "text": text, "data": {"text": text}} for i, text in enumerate(TEN)]
+CONTENTS = {
+    "lines": "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
+    "array": json.dumps(ROWS, indent=1, ensure_ascii=False).encode(),
+    "array in a line": b"\n " + json.dumps(ROWS).encode(),
+}
+STRING_TYPES = [pa.dictionary(pa.int32(), pa.string()), pa.large_string(), pa.string_view()]
+
+
+def write_compressed(path, content):
+    names = {"gz": "gzip", "zst": "zstd", "bz2": "bz2", "lz4": "lz4"}
+    with pa.output_stream(path, names.get(path.split(".")[-1])) as file:
+        file.write(content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "lz4", ""])
+@pytest.mark.parametrize("content", CONTENTS)
+def test_json(suffix, content):
+    for path, column in [("a.json", "text"), ("a.jsonl", "data.text"), ("a.ndjson", "data.text")]:
+        path = write_compressed(f"{path}.{suffix}".strip("."), CONTENTS[content])
+        shard(path, path + " out", text_column=column, val_tokens=1)
+        assert documents_in(path + " out") == TEN
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "lz4", ""])
+def test_line_ends_and_byte_order_mark_of_text_files(suffix):
+    """`datasets` changes line ends, and leaves a byte-order mark."""
+    import datasets
+
+    contents = [f"{text}\r\nCRLF\rCR\n".encode() for text in TEN[1:]] + [b"\xef\xbb\xbfmark\r\n"]
+    plain = [write_compressed(f"{i}.txt", c) for i, c in enumerate(contents)]
+    files = [write_compressed(f"{i}.txt.{suffix}".strip("."), c) for i, c in enumerate(contents)]
+    expected = datasets.load_dataset("text", data_files=plain, sample_by="document", split="train")
+    shard(files, val_tokens=1)
+    assert documents_in("out") == expected["text"][:]
+    assert expected["text"][8:] == ["5\nCRLF\nCR\n", "\ufeffmark\n"]
+
+
+@pytest.mark.parametrize("file", ["lines.jsonl", "array.json"])
+def test_line_ends_and_byte_order_mark_of_json(file):
+    """`datasets` ignores them in the file. In a text, "\\r" is an escape sequence, and stays."""
+    import datasets
+
+    rows = [json.dumps({"text": text + "\r\n"}) for text in TEN]
+    content = "\r\n".join(rows) if file == "lines.jsonl" else f"[{','.join(rows)}]\r\n"
+    Path(file).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    shard(file, val_tokens=1)
+    expected = datasets.load_dataset("json", data_files=file, split="train")["text"][:]
+    assert documents_in("out") == expected == [text + "\r\n" for text in TEN]
+
+
+@pytest.mark.parametrize("kind", STRING_TYPES, ids=str)
+def test_columns_of_parquet_files(kind):
+    """A name with dots is that of a column, or else that of a nested column. A local folder stands
+    for a data set on the hub."""
+    strings = pa.array(TEN, kind)
+    size = 12 if kind == pa.string_view() else 4  # pyarrow cannot slice string views
+    data = pa.StructArray.from_arrays([strings, pa.array(range(10))], ["text", "id"])
+    other = {"data": [{"text": "no"}] * 10, "data.text": strings}
+    deep = {"a": [None, {"b": None}, *({"b": {"c": text}} for text in TEN)]}
+    tables = {"text": {}, "data.text": {"data": data}, "literal": other, "a.b.c": deep}
+    for column, columns in tables.items():
+        texts = strings if column == "text" else ["no"] * (12 if column == "a.b.c" else 10)
+        os.makedirs(f"user/{column}")
+        path = write_parquet(f"user/{column}/a.parquet", texts, row_group_size=size, **columns)
+        settings = {"encoding": "bytes", "text_column": column.replace("literal", "data.text")}
+        for out, source in ("1", {"files": (path,)}), ("2", {"dataset": f"user/{column}"}):
+            run(**source, **settings, out=column + out, val_tokens=1)
+            assert documents_in(column + out) == TEN
 
 
 def test_null_and_empty_texts_are_skipped_and_counted():
@@ -379,18 +451,22 @@ def resume_after_every_write(monkeypatch, call, n_calls=0):
             assert n_calls < 100
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "array", "hub", "nested hub"])
 def test_resuming_after_every_write_gives_the_same_files(monkeypatch, kind):
     """Nulls must not be counted twice, and batches end inside row groups and files. A local folder
     stands for a data set on the hub."""
     os.makedirs("user/name")
     for i in range(3):
         documents = [None, *MANY[i::3], None, *MANY[i::3]]
+        rows = [{"text": document} for document in documents]
         if kind == "jsonl":
             write_jsonl(f"user/name/{i}.jsonl", documents)
+        elif kind == "array":
+            write_compressed(f"user/name/{i}.json.zst", json.dumps(rows).encode())
         else:
-            write_parquet(f"user/name/{i}.parquet", documents, row_group_size=77)
-    source = {"dataset": "user/name"} if kind == "hub" else {"files": ("user/name",)}
+            write_parquet(f"user/name/{i}.parquet", documents, row_group_size=77, data=rows)
+    source = {"dataset": "user/name"} if "hub" in kind else {"files": ("user/name",)}
+    source["text_column"] = "data.text" if kind == "nested hub" else "text"
     settings = {"encoding": "bytes", "workers": 1, "shard_size": 16_001, "val_tokens": 3000}
     run(**source, **settings, out="whole/same")
     call = functools.partial(run, **source, **settings, out="pieces/same")
@@ -475,10 +551,16 @@ def inputs():
     Path("latin.txt").write_bytes(b"\xff\xfe")
     Path("bad.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:30])
     Path("bad.parquet").write_bytes(b"PAR1 this is not a parquet file PAR1")
-    write_parquet("number.parquet", [1, 2])
+    Path("bad.txt.gz").write_bytes(gzip.compress(b"some text" * 99)[:30])
+    Path("number.json").write_text('[{"text": "a"}, {"text": 5}]')
+    Path("half.json").write_text('[{"text": "a"},')
+    write_parquet("number.parquet", [1, 2], data=[{"text": "a"}, {"text": "b"}])
+    os.makedirs("user/name")
+    write_parquet("user/name/a.parquet", ["a", "b"])
 
 
 GOOD = {"files": ("good.jsonl",)}
+NESTED = {"files": ("number.parquet",), "text_column": "data.body"}
 MISTAKES = {
     "no such file": ({"files": ("nope.jsonl",)}, "nope.jsonl"),
     "no such file among others": ({"files": ("good.jsonl", "nope.txt")}, "nope.txt"),
@@ -495,6 +577,12 @@ MISTAKES = {
     "another key": (GOOD | {"text_column": "body"}, "body of good.jsonl"),
     "not UTF-8": ({"files": ("latin.txt",)}, "latin.txt"),
     "a truncated archive": ({"files": ("bad.jsonl.gz",)}, "bad.jsonl.gz"),
+    "a truncated text": ({"files": ("bad.txt.gz",)}, "bad.txt.gz (OSError('Truncated"),
+    "a number in an array": ({"files": ("number.json",)}, "number.json (TypeError('row 2 is 5"),
+    "an array without end": ({"files": ("half.json",)}, "half.json"),
+    "no such nested key": (GOOD | {"text_column": "data.body"}, "data.body of good.jsonl"),
+    "no such nested column": (NESTED, "data.body of number.parquet (KeyError("),
+    "no such hub column": (NESTED | {"files": (), "dataset": "user/name"}, "['data'] not in"),
     "a damaged parquet file": ({"files": ("bad.parquet",)}, "bad.parquet"),
     "a column of numbers": ({"files": ("number.parquet",)}, "number.parquet"),
     "no such column": ({"files": ("number.parquet",), "text_column": "body"}, "body"),
@@ -610,9 +698,16 @@ def test_bin_files_and_files_without_manifest():
 def test_no_shards_and_another_vocabulary(folder):
     for path in ("nothing", "."):
         message = error_of(fineweb.open_shards, path, "train", 257)
-        assert "fineweb.py" in message and path in message
+        assert f"fineweb.py FILES --out {path}" in message
+    message = error_of(fineweb.open_shards, Path("edu_fineweb100B"), "train", 50257)
+    assert "fineweb.py --dataset fineweb_edu_100BT" in message
     message = error_of(fineweb.open_shards, folder, "train", 50257)
     assert "257" in message and "50257" in message
+    # a model may have more tokens than GPT-2, which the shards do not contain
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"vocab_size": 50257}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert fineweb.open_shards(folder, "train", 50300)
+    assert "50257" in error_of(fineweb.open_shards, folder, "train", 257)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "dtype", "shape"])
