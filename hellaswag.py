@@ -230,7 +230,7 @@ def main(
     """Prints a model's scores on HellaSwag, rendered both ways, with their standard errors.
 
     Args:
-        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run's folder or an exported model.
+        model: gpt2, gpt2-medium, gpt2-large, gpt2-xl, USER/NAME on the hub, or a folder.
         file: Examples as JSON lines; downloaded if absent.
         device: auto selects CUDA, else MPS, else the CPU.
         dtype: Data type of matmuls; auto selects bfloat16 or float16 on CUDA, else float32.

@@ -64,7 +64,7 @@ class Config:
 
     gpt: GPTConfig = GPTConfig()
     data_dir: str = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
-    init_from: str = ""  # initial weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, a folder
+    init_from: str = ""  # initial weights: gpt2 to gpt2-xl, USER/NAME on the hub, a run, a folder
     total_batch_size: int = 2**19  # tokens per step, over all ranks; about 0.5M, as for GPT-3
     micro_batch_size: int | Literal["auto"] = "auto"  # B, sequences per forward pass; same losses
     max_steps: int = 19_073  # optimizer steps; 10B tokens / 2**19
@@ -310,46 +310,49 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, model_type: str, dropout: float = 0.0) -> "GPT":
-        """Load gpt2, gpt2-medium, gpt2-large or gpt2-xl from the hub, or a folder with config.json
-        and model.safetensors, as written by transformers or by save_pretrained."""
-        files = ["config.json", "model.safetensors"]
-        expected = f"gpt2, gpt2-medium, gpt2-large, gpt2-xl, a run, or a folder with {files}"
+        """Load a GPT-2 from the hub (gpt2, USER/NAME) or from a folder written by transformers."""
+        expected = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, USER/NAME on the hub, a run or a folder"
         with fineweb.exit_on_error(f"cannot load {model_type}, expected {expected}"):
-            folder = Path(model_type)
-            if not folder.is_dir():
-                from huggingface_hub import snapshot_download
+            from huggingface_hub import snapshot_download
 
-                repo = f"openai-community/{model_type}"
-                folder = Path(snapshot_download(repo, allow_patterns=files))
-            hf = json.loads((folder / "config.json").read_text())
-            other = {k: hf[k] for k, value in HF_CONFIG.items() if hf.get(k, value) != value}
+            folder, new, old = Path(model_type), "model*.safetensors", "pytorch_model*.bin"
+            if not folder.is_dir():
+                repo = model_type if "/" in model_type else f"openai-community/{model_type}"
+                folder = Path(snapshot_download(repo, allow_patterns=["config.json", new]))
+                if not any(folder.glob(new)):
+                    snapshot_download(repo, allow_patterns=old)
+            hf = HF_CONFIG | json.loads((folder / "config.json").read_text())
+            same = {"gelu_pytorch_tanh": "gelu_new", 4 * hf["n_embd"]: None}  # synonyms
+            other = {k: hf[k] for k, value in HF_CONFIG.items() if same.get(hf[k], hf[k]) != value}
             if other:
                 raise ValueError(f"GPT-2 does not have {other}")
-            T, vocab_size = hf["n_positions"], hf["vocab_size"]
-            gpt = GPTConfig(T, vocab_size, hf["n_layer"], hf["n_head"], hf["n_embd"], dropout)
-            state = {}
-            for name, w in load_file(folder / "model.safetensors").items():
-                if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
+            sizes = [hf[k] for k in ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")]
+            weights, state = {}, {}
+            for path in sorted(folder.glob(new)) or sorted(folder.glob(old)):  # one or several
+                is_new = path.suffix == ".safetensors"
+                weights |= load_file(path) if is_new else torch.load(path, "cpu", weights_only=True)
+            for name, w in weights.items():
+                if not re.search(r"\.attn\.(masked_)?bias$|head|^score\.", name):  # masks, heads
                     name = "transformer." + name.removeprefix("transformer.")
                     state[name] = w.t() if name.endswith(TRANSPOSED) else w
-            wte = F.pad(state["transformer.wte.weight"], (0, 0, 0, -vocab_size % 64))
+            wte = state["transformer.wte.weight"]
+            if not torch.equal(weights.get("lm_head.weight", wte), wte):
+                raise ValueError("lm_head.weight is not equal to wte.weight, as it is in GPT-2")
+            wte = F.pad(wte, (0, 0, 0, -hf["vocab_size"] % 64))
             state["transformer.wte.weight"] = state["lm_head.weight"] = wte
-            model = cls(gpt)
+            model = cls(GPTConfig(*sizes, dropout))
             model.load_state_dict(state)
             return model
 
     def save_pretrained(self, folder: str | Path):
-        """Write a new folder that transformers and from_pretrained load: the weights and, for
-        GPT-2's vocabulary, the tokenizer. The folder is complete or absent."""
+        """Write a new folder that transformers can load. It is complete or absent."""
         config, folder = self.config, Path(folder)
         weights = {}
         for name, p in self.named_parameters():
             w = p.detach().float().cpu()
-            if name.endswith("wte.weight"):
-                w = w[: config.vocab_size]  # without the padding
+            w = w[: config.vocab_size] if name.endswith("wte.weight") else w  # without the padding
             weights[name] = (w.t() if name.endswith(TRANSPOSED) else w).contiguous()
-        hf = HF_CONFIG | {"architectures": ["GPT2LMHeadModel"], "vocab_size": config.vocab_size}
-        hf |= {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+        hf = HF_CONFIG | {"architectures": ["GPT2LMHeadModel"]} | asdict(config)
         hf |= dict.fromkeys(("n_positions", "n_ctx"), config.block_size)
         hf |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
         eot = min(config.vocab_size, 50257) - 1
@@ -359,7 +362,7 @@ class GPT(nn.Module):
             tmp.mkdir(parents=True, exist_ok=True)
             save_file(weights, tmp / "model.safetensors", metadata={"format": "pt"})
             (tmp / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-            if config.vocab_size == 50257:
+            if config.vocab_size == 50257:  # GPT-2's tokenizer
                 url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
                 for name, source in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
                     (tmp / name).write_bytes(tiktoken.load.read_file_cached(f"{url}/{source}"))
@@ -439,7 +442,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 # what config.json contains for every GPT-2
 HF_CONFIG = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
 HF_CONFIG |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-HF_CONFIG |= {"tie_word_embeddings": True}
+HF_CONFIG |= {"tie_word_embeddings": True, "add_cross_attention": False, "n_inner": None}
 
 
 # ---- 3. data -------------------------------------------------------------------------------------

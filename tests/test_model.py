@@ -8,6 +8,7 @@ import json
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -255,21 +256,109 @@ def test_files_with_and_without_prefix_load_as_float32(folder, prefix, dtype):
     assert_same_logits(model, reference.float())
 
 
-def test_names_of_gpt2_come_from_the_hub(folder, monkeypatch):
+def write_bin(folder: Path, legacy: bool, n_files: int):
+    """Replace model.safetensors by pytorch_model.bin, or by several files and an index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    files = [f"pytorch_model-{i + 1:05d}-of-{n_files:05d}.bin" for i in range(n_files)]
+    files = ["pytorch_model.bin"] if n_files == 1 else files
+    weight_map = {name: files[i % n_files] for i, name in enumerate(weights)}
+    for file in files:
+        part = {name: w for name, w in weights.items() if weight_map[name] == file}
+        torch.save(part, folder / file, _use_new_zipfile_serialization=not legacy)
+    index = {"metadata": {}, "weight_map": weight_map}
+    if n_files > 1:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+FORMATS = {
+    "sharded": lambda folder, model: model.save_pretrained(folder, max_shard_size="20KB"),
+    "bfloat16": lambda folder, model: model.bfloat16().save_pretrained(folder),
+    "bin": lambda folder, model: write_bin(folder, legacy=False, n_files=1),
+    "legacy bin": lambda folder, model: write_bin(folder, legacy=True, n_files=1),
+    "sharded bin": lambda folder, model: write_bin(folder, legacy=False, n_files=3),
+    "added tokens": lambda folder, model: (
+        model.resize_token_embeddings(131, mean_resizing=False),
+        model.save_pretrained(folder),
+    ),
+    "another task": lambda folder, model: transformers.GPT2DoubleHeadsModel.from_pretrained(
+        folder
+    ).save_pretrained(folder),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_that_transformers_loads(folder, tmp_path, name):
+    FORMATS[name](folder, small_transformers_gpt2())
+    if name == "sharded":
+        (folder / "model.safetensors").unlink()
+        assert len(list(folder.glob("model-*-of-*.safetensors"))) > 3
+    reference = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = GPT.from_pretrained(folder).eval()
+    assert_same_logits(model, reference)
+    # a model with added tokens keeps its vocabulary in training, sampling and export
+    vocab_size = 131 if name == "added tokens" else 97
+    assert model.config.vocab_size == vocab_size
+    idx = random_tokens(1, 4)
+    assert model.generate(idx, 9, temperature=9.0).max() < vocab_size
+    model.save_pretrained(tmp_path / "export")
+    exported = GPT2LMHeadModel.from_pretrained(tmp_path / "export")
+    assert exported.get_input_embeddings().weight.shape == (vocab_size, 48)
+    assert_same_logits(model, exported.eval())
+
+
+def test_names_on_the_hub(folder, monkeypatch):
+    """A stand-in for the hub has two repositories, and notes the files that are asked for."""
+    asked = []
+
     def snapshot_download(repo_id, allow_patterns):
-        if repo_id != "openai-community/gpt2-xl":
+        asked.append((repo_id, allow_patterns))
+        if repo_id not in ("openai-community/gpt2-xl", "user/name"):
             raise ConnectionError("no route\nto host")
-        assert set(allow_patterns) == {"config.json", "model.safetensors"}
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert_same_logits(GPT.from_pretrained("gpt2-xl"), small_transformers_gpt2())
-    assert "gpt5" in exit_message(GPT.from_pretrained, "gpt5")
+    safetensors = ["config.json", "model*.safetensors"]
+    assert asked == [("openai-community/gpt2-xl", safetensors)]
+    write_bin(folder, legacy=True, n_files=1)
+    assert_same_logits(GPT.from_pretrained("user/name"), small_transformers_gpt2())
+    assert asked[1:] == [("user/name", safetensors), ("user/name", "pytorch_model*.bin")]
+    for name in ("gpt5", "user/other"):
+        assert name in exit_message(GPT.from_pretrained, name)
+
+
+def test_bin_files_run_no_code(folder, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Payload()}, folder / "pytorch_model.bin")
+    assert "UnpicklingError" in exit_message(GPT.from_pretrained, str(folder))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_untied_head_is_named(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "lm_head.weight is not equal" in exit_message(GPT.from_pretrained, str(folder))
+
+
+def test_two_names_of_the_same_function(folder):
+    path = folder / "config.json"
+    hf = json.loads(path.read_text()) | {"activation_function": "gelu_pytorch_tanh"}
+    path.write_text(json.dumps(hf | {"n_inner": 4 * 48}))
+    reference = GPT2LMHeadModel.from_pretrained(folder).eval()
+    assert_same_logits(GPT.from_pretrained(folder), reference)
 
 
 OTHER_NETWORKS = [
     *[("activation_function", "relu"), ("model_type", "llama"), ("layer_norm_epsilon", 1e-6)],
     *[("scale_attn_by_inverse_layer_idx", True), ("tie_word_embeddings", False), ("n_inner", 100)],
+    *[("scale_attn_weights", False), ("add_cross_attention", True)],
     # these contradict the weights
     *[("n_layer", 2), ("n_layer", 4), ("n_layer", "3"), ("n_head", 5), ("n_embd", 64)],
     *[("n_positions", 16), ("vocab_size", 90)],
@@ -282,7 +371,10 @@ def test_folders_of_other_networks_are_one_line(folder, name, value):
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     if name == "n_inner":
         GPT2LMHeadModel(GPT2Config.from_pretrained(folder)).save_pretrained(folder)
-    assert str(folder) in exit_message(GPT.from_pretrained, str(folder))
+    message = exit_message(GPT.from_pretrained, str(folder))
+    assert str(folder) in message
+    if (name, value) in OTHER_NETWORKS[:8]:
+        assert f"GPT-2 does not have {{'{name}': {value!r}}}" in message
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
