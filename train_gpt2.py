@@ -59,8 +59,7 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A run: the network, and how it is trained. The defaults reproduce GPT-2 124M. Presets: gpt2,
-    gpt2-medium, gpt2-large, gpt2-xl, gpt2-fast, finetune, shakespeare_char, demo."""
+    """A run: the network, and how it is trained. The defaults reproduce GPT-2 124M."""
 
     gpt: GPTConfig = GPTConfig()
     data_dir: str = "edu_fineweb10B"  # folder of token shards, written by fineweb.py
@@ -124,7 +123,13 @@ DEMO = replace(DEMO, optimizer="muon", lr=1.6e-2, muon_lr=0.03, warmup_steps=20,
 DEMO = replace(DEMO, log_interval=25, val_tokens=20_000, sample_prompt="def ", temperature=0.7)
 FINETUNE = Config(init_from="gpt2", data_dir="my_data", total_batch_size=2**15, max_steps=200)
 FINETUNE = replace(FINETUNE, lr=3e-5, min_lr=3e-6, warmup_steps=20)
-SHAKESPEARE = replace(DEMO, data_dir="shakespeare_char", sample_prompt="ROMEO:")
+CHAR = replace(DEMO, data_dir="shakespeare_char", sample_prompt="ROMEO:", hellaswag_interval=0)
+GPT1 = Config(GPTConfig(block_size=512, dropout=0.1), total_batch_size=64 * 512, lr=2.5e-4)
+GPT1 = replace(GPT1, min_lr=0.0, warmup_steps=2000, weight_decay=0.01, max_steps=305_176)
+# GPT-3 paper, table 2.1 and appendix B: 300B tokens, 375M of them warmup; 0.5M, 1M or 2M a step
+GPT3 = Config(GPTConfig(2048), "edu_fineweb100B", max_steps=572_204)
+B1M = replace(GPT3, total_batch_size=2**20, max_steps=286_102, warmup_steps=357)
+B2M = replace(GPT3, total_batch_size=2**21, max_steps=143_051, warmup_steps=178)
 
 PRESETS = {
     # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
@@ -132,12 +137,28 @@ PRESETS = {
     "gpt2-medium": Config(GPTConfig(n_layer=24, n_head=16, n_embd=1024), lr=3e-4, min_lr=3e-5),
     "gpt2-large": Config(GPTConfig(n_layer=36, n_head=20, n_embd=1280), lr=2.5e-4, min_lr=2.5e-5),
     "gpt2-xl": Config(GPTConfig(n_layer=48, n_head=25, n_embd=1600), lr=2e-4, min_lr=2e-5),
+    "gpt2-40B": Config(data_dir="edu_fineweb100B", max_steps=76_294),  # the lecture's longer run
+    "gpt2-lr3x": Config(lr=1.8e-3, min_lr=1.8e-4, warmup_steps=100),  # its source is in README
     # small models reach the same loss in fewer steps this way; not measured at 124M
     "gpt2-fast": Config(optimizer="muon", lr=3e-3, min_lr=0.0, warmup_steps=250, cooldown=0.6),
+    "gpt1": GPT1,  # GPT-1's size and training; GPT-2's network and vocabulary
+    "gpt3-small": GPT3,
+    "gpt3-medium": replace(GPT3, gpt=GPTConfig(2048, 50257, 24, 16, 1024), lr=3e-4, min_lr=3e-5),
+    "gpt3-large": replace(GPT3, gpt=GPTConfig(2048, 50257, 24, 16, 1536), lr=2.5e-4, min_lr=2.5e-5),
+    # the paper has 24 heads, which do not divide 2048
+    "gpt3-xl": replace(B1M, gpt=GPTConfig(2048, 50257, 24, 16, 2048), lr=2e-4, min_lr=2e-5),
+    "gpt3-2.7b": replace(B1M, gpt=GPTConfig(2048, 50257, 32, 32, 2560), lr=1.6e-4, min_lr=1.6e-5),
+    # with DDP, each GPU needs 16 bytes per parameter (107 and 206 GB) and memory for activations
+    "gpt3-6.7b": replace(B2M, gpt=GPTConfig(2048, 50257, 32, 32, 4096), lr=1.2e-4, min_lr=1.2e-5),
+    "gpt3-13b": replace(B2M, gpt=GPTConfig(2048, 50257, 40, 40, 5120), lr=1e-4, min_lr=1e-5),
     "finetune": replace(FINETUNE, val_interval=50, hellaswag_interval=0),
-    "shakespeare_char": replace(SHAKESPEARE, hellaswag_interval=0),
+    "shakespeare_char": CHAR,
+    "gpt-mini": replace(CHAR, gpt=GPTConfig(128, 257, 6, 6, 192)),  # minGPT's small sizes
+    "gpt-micro": replace(CHAR, gpt=GPTConfig(128, 257, 4, 4, 128)),
+    "gpt-nano": replace(CHAR, gpt=GPTConfig(128, 257, 3, 3, 48)),
     "demo": DEMO,
 }
+Config.__doc__ += f" Presets: {', '.join(PRESETS)}."  # for --help
 
 
 def flatten(config: Config) -> dict:

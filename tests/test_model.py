@@ -60,18 +60,57 @@ def exit_message(function, *args) -> str:
 
 N_PARAMS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168}
 N_PARAMS |= {"gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+N_PARAMS |= dict.fromkeys(("gpt2-40B", "gpt2-lr3x", "gpt2-fast", "finetune"), 124_439_808)
+
+
+def meta_model(preset: str) -> tuple[GPT, int]:
+    """The model of a preset, with shapes only, and its parameters without the padding rows."""
+    gpt = PRESETS[preset].gpt
+    with torch.device("meta"):
+        model = GPT(gpt)
+    n_padding = (model.lm_head.out_features - gpt.vocab_size) * gpt.n_embd
+    return model, sum(p.numel() for p in model.parameters()) - n_padding
 
 
 @pytest.mark.parametrize("preset", N_PARAMS)
 def test_presets_have_the_parameters_of_gpt2(preset):
-    config = PRESETS[preset].gpt
-    with torch.device("meta"):  # shapes only, no memory
-        model = GPT(config)
+    model, n_params = meta_model(preset)
+    assert n_params == N_PARAMS[preset]
+    config = model.config
+    with torch.device("meta"):
         shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
         reference = GPT2LMHeadModel(GPT2Config(**shape))
-    n_params = sum(p.numel() for p in model.parameters())
-    assert n_params - (50304 - 50257) * config.n_embd == N_PARAMS[preset]  # without padding rows
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in reference.named_parameters()]
+
+
+# the parameters in table 2.1 of GPT-3's paper, its tokens per step in units of 2**19, its rate
+GPT3 = {"small": (125e6, 1, 6e-4), "medium": (350e6, 1, 3e-4), "large": (760e6, 1, 2.5e-4)}
+GPT3 |= {"xl": (1.3e9, 2, 2e-4), "2.7b": (2.7e9, 2, 1.6e-4), "6.7b": (6.7e9, 4, 1.2e-4)}
+GPT3 |= {"13b": (13e9, 4, 1e-4)}
+
+
+@pytest.mark.parametrize("size", GPT3)
+def test_presets_of_gpt3(size):
+    config, (n_params, n_batch, lr) = PRESETS[f"gpt3-{size}"], GPT3[size]
+    assert meta_model(f"gpt3-{size}")[1] == pytest.approx(n_params, rel=0.025)
+    assert (config.gpt.block_size, config.gpt.vocab_size) == (2048, 50257)
+    assert (config.total_batch_size, config.lr) == (n_batch * 2**19, lr)
+    assert config.min_lr == pytest.approx(lr / 10)  # section 2.3: to 10%, warmup of 375M tokens
+    assert config.warmup_steps * config.total_batch_size == pytest.approx(375e6, rel=0.005)
+    assert config.max_steps * config.total_batch_size == pytest.approx(300e9, rel=1e-5)
+
+
+def test_presets_of_gpt1_and_mingpt():
+    # GPT-1 has 116,534,784 parameters with a vocabulary of 40,478, and no LayerNorm at the end
+    with torch.device("meta"):
+        gpt1 = transformers.OpenAIGPTModel(transformers.OpenAIGPTConfig())
+    n_params = sum(p.numel() for p in gpt1.parameters())
+    assert n_params == 116_534_784
+    assert meta_model("gpt1")[1] == n_params + (50257 - 40478) * 768 + 2 * 768
+    # minGPT's README has no such counts: 12 C**2 + 13 C per block, 257 tokens, 128 positions
+    for preset, L, C in (("gpt-mini", 6, 192), ("gpt-micro", 4, 128), ("gpt-nano", 3, 48)):
+        n_params = L * (12 * C * C + 13 * C) + (257 + 128 + 2) * C
+        assert meta_model(preset)[1] == n_params and PRESETS[preset].gpt.n_head == L
 
 
 def test_initialization_statistics():
