@@ -13,6 +13,7 @@ Papers: GPT-2, "Language Models are Unsupervised Multitask Learners" (Radford et
 the network; GPT-3, "Language Models are Few-Shot Learners" (Brown et al. 2020), for the training.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -114,7 +115,6 @@ FIXED = "block_size vocab_size n_layer n_head n_embd optimizer".split()
 # a run that is resumed with other values of these is another experiment; data: the shards
 EXPERIMENT = "data total_batch_size max_steps lr min_lr warmup_steps cooldown muon_lr".split()
 EXPERIMENT += "weight_decay beta1 beta2 grad_clip dropout shuffle seed".split()
-
 # bytes as tokens; too small for torch.compile to save time on a CPU
 DEMO = Config(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=4, n_embd=96))
 DEMO = replace(DEMO, data_dir="demo_data", hellaswag_file="demo_data/next_line.jsonl")
@@ -130,7 +130,6 @@ GPT1 = replace(GPT1, min_lr=0.0, warmup_steps=2000, weight_decay=0.01, max_steps
 GPT3 = Config(GPTConfig(2048), "edu_fineweb100B", max_steps=572_204)
 B1M = replace(GPT3, total_batch_size=2**20, max_steps=286_102, warmup_steps=357)
 B2M = replace(GPT3, total_batch_size=2**21, max_steps=143_051, warmup_steps=178)
-
 PRESETS = {
     # sizes: GPT-2 paper, table 2; learning rates: GPT-3's for models of about that size
     "gpt2": Config(),
@@ -207,8 +206,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         if cache is not None:  # append to the keys and values of the tokens so far
             past_k, past_v = cache.get(self, (k[:, :, :0], v[:, :, :0]))
-            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
-            cache[self] = (k, v)
+            k, v = cache[self] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
         # flash attention never writes the (T, T) matrix (Dao et al. 2022); a single query sees all
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=T > 1)
@@ -256,15 +254,14 @@ class GPT(nn.Module):
         self.config = config
         # 50257 -> 50304, a multiple of 64, for which GPU kernels are faster
         padded_vocab_size = math.ceil(config.vocab_size / 64) * 64
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(padded_vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList([block(config) for _ in range(config.n_layer)]),
-                "ln_f": nn.LayerNorm(config.n_embd),
-            }
-        )
+        modules = {
+            "wte": nn.Embedding(padded_vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList([block(config) for _ in range(config.n_layer)]),
+            "ln_f": nn.LayerNorm(config.n_embd),
+        }
+        self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # weight tying (Press & Wolf 2016)
         self.init_weights()
@@ -275,13 +272,12 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():  # yields the tied matrix once
             if name.endswith("bias"):
                 p.zero_()
-            elif "ln_" in name:
-                p.fill_(1.0)
-            elif name.endswith("c_proj.weight"):
-                # the residual stream adds up 2 * n_layer outputs of these: keep its variance
-                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
-            else:
-                p.normal_(std=0.01 if name.endswith("wpe.weight") else 0.02)
+            elif "ln_" not in name:  # the weights of LayerNorms are ones
+                std = 0.01 if name.endswith("wpe.weight") else 0.02
+                if name.endswith("c_proj.weight"):
+                    # the residual stream adds up 2 * n_layer outputs of these: keep its variance
+                    std /= math.sqrt(2 * self.config.n_layer)
+                p.normal_(std=std)
 
     def hidden(self, idx: torch.Tensor, cache: dict | None = None) -> torch.Tensor:
         """The input of lm_head, (B, T, C), for tokens idx (B, T) int64. A cache, {} in the first
@@ -415,8 +411,7 @@ class GPT(nn.Module):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalizes the momentum of matrices (Jordan et al. 2024). torch.optim.Muon does so in
-    bfloat16 on every device, which takes many times longer on CPUs without bfloat16."""
+    """Orthogonalizes the momentum (Jordan et al. 2024); torch.optim.Muon is slow on most CPUs."""
 
     @torch.no_grad()
     def step(self):
@@ -474,9 +469,8 @@ def epoch_order(n_sequences: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class DataLoaderLite:
-    """Batches of token sequences from the shards of a split. The step, the micro-step and the rank
-    decide which sequences a batch contains. So there is no loader state to save, and the losses do
-    not depend on the number of ranks or on the micro-batch size B."""
+    """Batches of token sequences from the shards of a split. The number of a step decides which
+    sequences it reads: no state to save, and the same losses for all ranks and micro-batches."""
 
     def __init__(self, config: Config, split: str, B: int, ddp_rank: int, ddp_world_size: int):
         self.B, self.T, self.config = B, config.gpt.block_size, config
@@ -560,10 +554,9 @@ def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str)
         rows = list(indices[i : i + val_loader.B])
         x, y = val_loader.sequences(rows + [0] * (val_loader.B - len(rows)))
         y[len(rows) :] = -100  # no loss for the rows that only fill up the last batch
-        x, y = x.to(device), y.to(device)
-        logits, loss = model(x, y)
+        logits, loss = model(x.to(device), y.to(device))
         loss_sum += loss.item() * len(rows) * val_loader.T
-        num_correct += (logits.argmax(dim=-1) == y).sum().item()
+        num_correct += (logits.argmax(dim=-1).cpu() == y).sum().item()
     model.train()
     loss_sum, num_correct = sum_over_ranks(loss_sum, num_correct, device=device)
     n_tokens = n_sequences * val_loader.T
@@ -572,13 +565,12 @@ def evaluate_loss(model, val_loader: DataLoaderLite, n_tokens: int, device: str)
 
 def sample_texts(model: GPT, enc, prompt: str, config: Config):
     """Yield num_samples continuations of the prompt, each with the prompt."""
-    device = model.lm_head.weight.device
     tokens = enc.encode(prompt, allowed_special="all") or [enc.eot_token]
-    idx = torch.tensor([tokens], device=device)  # (1, T)
+    idx = torch.tensor([tokens], device=model.lm_head.weight.device)  # (1, T)
     sampling = (config.max_new_tokens, config.temperature, config.top_k, config.top_p)
     model.eval()
     for i in range(config.num_samples):
-        generator = torch.Generator(device).manual_seed(config.seed + i)
+        generator = torch.Generator(idx.device).manual_seed(config.seed + i)
         tokens = model.generate(idx, *sampling, enc.eot_token, generator)[0, idx.size(1) :].tolist()
         yield prompt + enc.decode([token for token in tokens if token < enc.eot_token])
     model.train()
@@ -603,8 +595,7 @@ def load_checkpoint(path: Path) -> dict | None:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread. If one cannot be written, `failure` has the reason; the run
-    continues, and the next checkpoint is a new attempt."""
+    """Writes checkpoints in a thread. If one cannot be written, `failure` has the reason."""
 
     def __init__(self, log_dir: Path, config: Config, data: str):
         self.log_dir, self.config, self.data = log_dir, config, data
@@ -658,11 +649,8 @@ class RunLog:
                 self.wandb_run = wandb.init(project="gpt2", **settings)
 
     def write(self, step: int, stream: str, value: float):
-        try:
-            with open(self.path, "a") as file:
-                file.write(f"{step} {stream} {value:.6f}\n")
-        except OSError as error:  # a full disk; the run is worth more than its log
-            print(f"cannot write to {self.path}: {error.strerror}", flush=True)
+        with contextlib.suppress(OSError), open(self.path, "a") as file:  # a full disk
+            file.write(f"{step} {stream} {value:.6f}\n")
         if self.wandb_run:
             self.wandb_run.log({stream: value}, step=step)
 
@@ -692,17 +680,14 @@ def draw_curve(log_dir: Path, config: Config):
         left.axhline(3.2924, color="C3", linestyle="--", label="GPT-2 124M, validation")
         right.axhline(0.2955, color="C3", linestyle="--", label="GPT-2 124M")
         right.axhline(0.337, color="C2", linestyle="--", label="GPT-3 124M")
-    losses = [loss for loss in streams["train"][1] if math.isfinite(loss)]
-    if losses:  # do not let the first steps hide the rest
-        left.set_ylim(top=1.05 * max(losses[len(losses) // 50 :]))
+    losses = [loss for loss in streams["train"][1] if math.isfinite(loss)] or [1.0]
+    left.set_ylim(top=1.05 * max(losses[len(losses) // 50 :]))  # not the loss of the first steps
     left.set(title=log_dir.name, xlabel="step", ylabel="loss (nats per token)")
     right.set(title=Path(config.hellaswag_file).stem, xlabel="step", ylabel="accuracy")
     left.legend()
     right.legend()
-    try:
+    with contextlib.suppress(OSError):  # a full disk
         figure.savefig(log_dir / "curve.png")
-    except OSError as error:  # a full disk
-        print(f"cannot draw {log_dir}/curve.png: {error}", flush=True)
 
 
 def choose_log_dir(config: Config) -> Path:
@@ -898,14 +883,12 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         dist.all_gather_object(states, (first_step, data))
         if len(set(states)) > 1:
             raise SystemExit(f"copy {log_dir} and the shards to all machines: {set(states)} differ")
-
     # model is compiled and wrapped in DDP; raw_model is for all that has other shapes
     model = torch.compile(raw_model, dynamic=False) if config.compile else raw_model
     if ddp:
         device_ids = [ddp_local_rank] if device_type == "cuda" else None
         model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)  # saves memory
         model.require_backward_grad_sync = False  # True on the last micro-step of each step
-
     # data
     B = find_micro_batch_size(config, model, ddp_world_size, device, autocast)
     grad_accum_steps = config.total_batch_size // (B * T * ddp_world_size)
@@ -915,7 +898,6 @@ def train(config: Config, stop_signal: StopSignal | None = None):
     enc = get_encoding_for(config.gpt.vocab_size)
     if config.hellaswag_interval:
         examples = hellaswag.prepare(hellaswag.iterate_examples(config.hellaswag_file), enc, T)
-
     # optimizers
     optimizers = raw_model.configure_optimizers(config)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == torch.float16)
@@ -934,12 +916,9 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         batch = f"{ddp_world_size} ranks x {grad_accum_steps} micro-steps x {B} x {T} tokens"
         print(f"{log_dir} | {n_params:,} parameters | {device} | {dtype} | from step {first_step}")
         print(f"{config.total_batch_size} tokens per step = {batch} | {epochs:.2f} epochs")
-
-    flops_per_token = raw_model.flops_per_token(T)
     start, bad_steps, stopping = time.time(), 0, False
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
-
         # save before evaluating: a run that is resumed from here repeats this step's evaluations
         save = stopping or is_due(config.checkpoint_interval, step, last_step)
         if master_process and save and step > first_step and not bad_steps:
@@ -1001,25 +980,22 @@ def train(config: Config, stop_signal: StopSignal | None = None):
         scaler.update()
         raw_model.zero_grad(set_to_none=True)
         dt = time.time() - t0  # in seconds
-
         if master_process:
             log.write(step, "train", loss_accum)
             tokens_per_sec = config.total_batch_size / dt
-            mfu = flops_per_token * tokens_per_sec / (peak_flops(device) * ddp_world_size)
+            flops = raw_model.flops_per_token(T) * tokens_per_sec
+            mfu = flops / (peak_flops(device) * ddp_world_size)
             left = (time.time() - start) * (config.max_steps - step - 1) / (step + 1 - first_step)
             line = f"step {step:5d} | loss {loss_accum:.4f} | lr {lr:.2e} | norm {norm:.4f} | "
             line += f"dt {dt * 1000:.0f}ms | tok/sec {tokens_per_sec:,.0f} | "
             line += f"mfu {mfu:.1%} | " if math.isfinite(mfu) else ""
             line += f"left {left // 3600:.0f}h{left % 3600 // 60:02.0f}m"
-            if bad_steps:
-                line += f" | not finite: update skipped, {bad_steps} in a row"
-            if writer.failure:
-                line += f" | checkpoint not written: {writer.failure}"
+            line += f" | not finite: update skipped, {bad_steps} in a row" if bad_steps else ""
+            line += f" | checkpoint not written: {writer.failure}" if writer.failure else ""
             if step % config.log_interval == 0 or bad_steps:
                 print(line, flush=True)
         if bad_steps and bad_steps == config.max_bad_steps:
             raise SystemExit(f"not finite {bad_steps} steps in a row: resume with a lower --lr")
-
     if master_process:
         wait(writer.pending)
         if writer.failure:
@@ -1030,7 +1006,7 @@ def train(config: Config, stop_signal: StopSignal | None = None):
             raw_model.save_pretrained(log_dir / "hf")
             draw_curve(log_dir, config)
             print(f"finished in {(time.time() - start) / 60:.1f} minutes; see {log_dir}/curve.png")
-            print(f'python train_gpt2.py --prompt "{config.sample_prompt}" --init_from {log_dir}')
+            print(f'python train_gpt2.py --prompt "{config.sample_prompt}" --init_from "{log_dir}"')
         lock.release()
     if ddp:
         dist.barrier()  # torchrun ends the other ranks when one of them exits
@@ -1052,13 +1028,10 @@ def load_model(source: str, checkpoint: dict | None = None, dropout: float = 0.0
     return model
 
 
-def evaluate_only(config: Config):
-    """Print the evaluations of the training loop, once, for the weights in init_from."""
-    device = get_device(config.device)
-    model = load_model(config.init_from).to(device)
+def evaluate_only(model: GPT, enc, device: str, config: Config):
+    """Print the evaluations of the training loop, once."""
     T = min(config.gpt.block_size, model.config.block_size)
     config = replace(config, gpt=replace(model.config, block_size=T))
-    enc = get_encoding_for(config.gpt.vocab_size)
     with get_autocast(config.dtype, device)[1]:
         if config.val_interval:
             val_loader = DataLoaderLite(config, "val", B=8, ddp_rank=0, ddp_world_size=1)
@@ -1096,16 +1069,16 @@ def main(config: Config):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     check_config(config)
     config = replace(config, init_from=config.init_from or "gpt2")
-    if config.eval_only:
-        return evaluate_only(config)
     if config.export and Path(config.export).exists():
         raise SystemExit(f"{config.export} exists: give --export a new folder")
     model = load_model(config.init_from)
     if config.export:
         model.save_pretrained(config.export)
         return print(f"{config.export} is written: transformers can load it")
-    model.to(get_device(config.device))
-    enc = get_encoding_for(model.config.vocab_size)
+    device, enc = get_device(config.device), get_encoding_for(model.config.vocab_size)
+    model.to(device)
+    if config.eval_only:
+        return evaluate_only(model, enc, device, config)
     for prompt in config.prompt:
         prompt = sys.stdin.read().rstrip("\n") if prompt == "-" else prompt
         for text in sample_texts(model, enc, prompt, config):
@@ -1113,11 +1086,14 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not all consoles and locales have all characters
     try:
         main(parse_args(sys.argv[1:]))
     except torch.OutOfMemoryError:
-        sys.exit("out of GPU memory: halve --micro_batch_size, which does not change the losses")
-    except SystemExit as error:
-        if isinstance(error.code, str) and int(os.environ.get("LOCAL_RANK", 0)) > 0:
-            sys.exit(1)  # the first rank of each machine prints the message
-        raise
+        sys.exit("out of GPU memory: halve --micro_batch_size (same losses) or use a smaller model")
+    except BrokenPipeError:
+        os.write(2, b"stopped, because the program that reads the output has ended\n")
+        os._exit(1)  # without writing the rest of the output
+    except SystemExit as error:  # the first rank of each machine prints the message
+        silent = isinstance(error.code, str) and int(os.environ.get("LOCAL_RANK", 0)) > 0
+        sys.exit(1 if silent else error.code)

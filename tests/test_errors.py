@@ -107,6 +107,25 @@ def test_real_processes_print_one_line_and_exit_with_status_1(tmp_path):
         assert len(lines) == 1
 
 
+def test_environments(tmp_path):
+    """A folder with spaces and letters beyond ASCII, no home, a console that only knows ASCII, the
+    script as a module, and `| head`."""
+    folder = tmp_path / "größe 1"
+    shutil.copytree("run/hf", folder / "my model")
+    env = {name: value for name, value in os.environ.items() if name != "HOME"}
+    env |= {"PYTHONPATH": str(SCRIPT.parent), "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "train_gpt2", "--init_from", "my model", "--device", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": folder, "env": env}
+    sample = subprocess.Popen([*command, "--prompt", "größe", "--num_samples", "2"], **pipes)
+    head = subprocess.Popen([*command, "--prompt", "a", "--num_samples", "9999"], **pipes)
+    head.stdout.readline()
+    head.stdout.close()
+    assert head.wait(timeout=100) == 1
+    assert head.stderr.read() == b"stopped, because the program that reads the output has ended\n"
+    out, err = sample.communicate(timeout=100)
+    assert (sample.returncode, err, out[:7]) == (0, b"", b"> gr??e")
+
+
 def test_tyro_exits_with_status_2(capsys):
     for flags in ("--learning_rate 1", "--max_steps many", "--dtype int8", "--lr"):
         with pytest.raises(SystemExit) as error:
