@@ -8,7 +8,11 @@ Execution stops at the first cell that fails. `python -m pytest -m notebook` run
 """
 
 import argparse
+import ast
+import base64
+import io
 import itertools
+import math
 import os
 import re
 import shutil
@@ -23,12 +27,13 @@ import numpy as np
 import pytest
 import tiktoken
 from nbclient import NotebookClient
+from PIL import Image
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "play.ipynb"
 pytestmark = pytest.mark.notebook
 
 # Two more cells for the test. The first plots a run on GPT-2's vocabulary. The second writes a
-# small GPT-2 to the hub's cache, before the last cell is executed again.
+# small GPT-2 to the hub's cache, before the cell gpt2 is executed again.
 PLOT_GPT2_RUN = """
 from unittest import mock
 
@@ -40,6 +45,7 @@ with mock.patch.object(plt, "show"):  # keeps the figure open
     plot_runs([folder, mine])
 for axes in plt.gcf().axes:
     print([(line.get_label(), float(line.get_ydata()[0])) for line in axes.lines[-3:]])
+compare_with_published([folder])
 """
 CACHE_GPT2 = """
 import transformers
@@ -92,6 +98,16 @@ def execute(notebook, folder: Path, show: bool = False):
     client.execute(env=os.environ | environment)
 
 
+def reduce_colors(notebook):
+    """Give all pictures a palette of 256 colors, which makes the file several times smaller."""
+    for output in itertools.chain(*(cell.outputs for cell in code_cells(notebook).values())):
+        if "image/png" in output.get("data", {}):
+            png, file = base64.b64decode(output.data["image/png"]), io.BytesIO()
+            image = Image.open(io.BytesIO(png)).convert("RGB")
+            image.quantize(256).save(file, "png", optimize=True)
+            output.data["image/png"] = base64.b64encode(file.getvalue()).decode()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder in which the notebook was executed, and what each cell has printed."""
@@ -119,9 +135,37 @@ def test_curves(run):
         difference = (losses[name] - references.mean(axis=0)) / references.std(axis=0, ddof=1)
         expected = np.select([difference < -5, difference > 5], ["better", "worse"], "on track")
         assert [word.strip() for word in words] == expected.tolist()
-    left, right = text["plot_gpt2_run"].splitlines()
+    left, right, *_ = text["plot_gpt2_run"].splitlines()
     assert "('GPT-2 124M', 3.2924)" in left
     assert "('GPT-2 124M', 0.2955), ('GPT-3 124M', 0.337)" in right
+
+
+def cdf(t: float, n: int) -> float:
+    """The distribution function of Student's t for n values, in closed form."""
+    if n == 3:
+        return 0.5 + t / (2 * math.sqrt(2 + t * t))
+    return 0.5 + (t / math.sqrt(3) / (1 + t * t / 3) + math.atan(t / math.sqrt(3))) / math.pi
+
+
+def test_published_runs(run):
+    """The printed ranges are those of the README, and 95% of a t distribution is in them."""
+    _, text = run
+    source = code_cells(nbformat.read(NOTEBOOK, as_version=4))["published"].source
+    published = ast.literal_eval(re.search(r"PUBLISHED = (\{.*?\n\})", source, re.DOTALL)[1])
+    rows = r"^\| ([\d,]+) \| (\S+) ± (\S+) \| (\S+) ± (\S+) \|$"
+    rows = re.findall(rows, (NOTEBOOK.parent / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == len(published) == 6
+    for i, line in enumerate(text["published"].splitlines()):
+        for values, part, row in zip(published.values(), line.split(" | ")[1:], rows, strict=True):
+            _, center, width = numbers_in(part)
+            printed_in_readme = list(map(float, row[1 + 2 * i : 3 + 2 * i]))
+            assert [center, width] == pytest.approx(printed_in_readme, abs=6e-4)
+            n, values = len(values[i]), np.array(values[i])
+            assert center == pytest.approx(values.mean(), abs=6e-5)
+            t = width / values.std(ddof=1) / math.sqrt(1 + 1 / n)
+            assert cdf(t, n) == pytest.approx(0.975, abs=0.004)  # four digits are printed
+    own = re.findall(r"gpt2-001, (\w+), step (\d+): \S+ is (\w+) the range", text["plot_gpt2_run"])
+    assert own == [("val", "250", "outside")]
 
 
 def test_experiments(run):
@@ -167,13 +211,37 @@ def test_samples_of_gpt2(run):
     assert text["cached_gpt2"].count("The key turned in the lock") == 6
 
 
+def test_answers(run):
+    _, text = run
+    x, y = (line.split()[1:] for line in text["pairs"].splitlines()[:2])
+    assert all(target in ("-100", token) for target, token in zip(y, x[1:], strict=False))
+    answer = bytes(int(token) for token in y if token not in ("-100", "256")).decode()
+    assert re.fullmatch(r"\d{3}", answer) and y.count("256") == 1
+    pattern = r"(\d+) (first|last) three\? +\| answers only: (.+?) +\| all tokens: (.+?) *\n"
+    rows = re.findall(pattern, text["answers"])
+    right = [repr(digits[:3] if end == "first" else digits[-3:]) for digits, end, *_ in rows]
+    n_right = [sum(map(str.__eq__, right, column)) for column in list(zip(*rows, strict=True))[2:]]
+    assert len(rows) == 6 and n_right[0] >= 5 and n_right[1] <= 2
+
+
+def test_tokens(run):
+    _, text = run
+    lines = re.findall(r"(.+) \((\d+) tokens\): (.+)", text["pieces"])
+    assert len(lines) >= 1 and len({line.replace("·", "") for *_, line in lines}) == 1
+    assert all(line.count("·") + 1 == int(n_tokens) for _, n_tokens, line in lines)
+    chars_per_token = numbers_in(re.search(r"held-out text: (.*) \(ours\)", text["pieces"])[1])[0]
+    rows = re.search(r"BPE.*\n((?:  step.*\n)+)", text["words"])[1].splitlines()
+    for _, _, per_token, per_char in map(numbers_in, rows):
+        assert per_char == pytest.approx(per_token / chars_per_token, rel=0.003)
+
+
 def test_saved_outputs():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    assert set(number_sections(notebook)) == set(range(12))
+    assert set(number_sections(notebook)) == set(range(14))
     cells = code_cells(notebook).values()
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 12
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 13
     assert not any(output.get("name") == "stderr" for output in outputs)
     assert NOTEBOOK.stat().st_size < 500_000
     texts = [cell.source for cell in notebook.cells] + [printed(cell) for cell in cells]
@@ -194,10 +262,11 @@ if __name__ == "__main__":
     parser.add_argument("--write", action="store_true", help="save all outputs in play.ipynb")
     args = parser.parse_args()
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    wanted = {0, *args.sections} if args.sections and not args.write else range(12)
+    wanted = {0, *args.sections} if args.sections and not args.write else range(14)
     cells = zip(notebook.cells, number_sections(notebook), strict=True)
     notebook.cells = [cell for cell, number in cells if number in wanted]
     with tempfile.TemporaryDirectory() as temp:
         execute(notebook, Path(temp), show=True)
     if args.write:
+        reduce_colors(notebook)
         nbformat.write(notebook, NOTEBOOK)
